@@ -1,0 +1,234 @@
+"""The base of every diagnostic: one abstract method, and all that Lightning needs around it."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from spectral_callbacks.callbacks.batches import Data
+from spectral_callbacks.callbacks.conductor import Conductor
+from spectral_callbacks.callbacks.loss import Loss, fetches_batches
+from spectral_callbacks.callbacks.muting import Precision
+from spectral_callbacks.callbacks.schedule import Schedule
+from spectral_callbacks.probe import Mode, Probe
+from spectral_callbacks.tags import Chart, check_tag, rename
+
+
+class SpectralCallback(pl.Callback, abc.ABC):
+    """A diagnostic of a model in training: schedule, isolation, batches and logging around one method, `measure`.
+
+    Training with the callback is bit-identical to training without it. Diagnostics of one trainer share a probe where
+    their settings allow. A diagnostic that fails says so once, logs its status and lets the run go on.
+
+    Args:
+        every_n_steps: Measure every so many optimizer steps, from step 0 on, whatever it costs; "geometric" for about
+            ten measurements a decade.
+        every_n_epochs: The same in epochs, measured at their end, and once at step 0.
+        max_overhead: With neither given: the share of the wall time that all such callbacks together may take. The
+            first measurement is at step 0, and its cost is earned back before the next.
+        data: What to measure on. "fixed": the first `num_batches` training batches, always the same, for smooth curves.
+            "current": the batch at hand. "train": batches drawn once from a second loader over the training set. Or a
+            DataLoader of your own.
+        num_batches: How many batches the loss is averaged over, weighted by their size.
+        mode: "train" measures the function that the optimizer sees, dropout masks frozen; "eval" the one that predicts.
+        loss: The loss that is differentiated: (pl_module, batch) -> scalar Tensor, or the dotted path of such a
+            function. By default `training_step` is run again. Required under manual optimization.
+        precision: "full" measures in the parameters' own dtype; "training" under the autocast of training.
+        optimizer: Index of the optimizer that is judged, and whose parameters are measured.
+        name: First segment of the tags, so that two instances can stand side by side.
+        seed: Of all random numbers of the diagnostic.
+        on_error: "warn" reports a failure once and lets training go on; "raise" is for tests.
+
+    Attributes:
+        history: One dict a measurement, `{"step": int, tag: float, ...}`; a logger is not needed.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    diagnostic: ClassVar[str]
+    charts: ClassVar[tuple[Chart, ...]] = ()
+    differentiates_twice: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int | Literal["geometric"] | None = None,
+        every_n_epochs: int | Literal["geometric"] | None = None,
+        max_overhead: float = 0.05,
+        data: Literal["fixed", "current", "train"] | DataLoader[Any] = "fixed",
+        num_batches: int = 1,
+        mode: Literal["train", "eval"] = "train",
+        loss: Callable[[Any, Any], Tensor] | str | None = None,
+        precision: Literal["full", "training"] = "full",
+        optimizer: int = 0,
+        name: str | None = None,
+        seed: int = 0,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        self.schedule = Schedule(every_n_steps, every_n_epochs)
+        if not 0 < max_overhead < 1:
+            raise ValueError(
+                f"max_overhead={max_overhead!r} must lie between 0 and 1, for example 0.05 for 5 % of the time."
+            )
+        if num_batches < 1:
+            raise ValueError(f"num_batches={num_batches!r} must be at least 1.")
+        if optimizer < 0:
+            raise ValueError(f"optimizer={optimizer!r} must be the index of an optimizer, counted from 0.")
+        if not isinstance(data, DataLoader):
+            _check_choice("data", data, ("fixed", "current", "train", "a DataLoader"))
+        _check_choice("mode", mode, get_args(Mode))
+        _check_choice("precision", precision, get_args(Precision))
+        _check_choice("on_error", on_error, ("warn", "raise"))
+        if data == "current" and num_batches > 1:
+            raise ValueError(
+                f"data='current' is one batch, and num_batches={num_batches}; use data='fixed' for several."
+            )
+        self.max_overhead = max_overhead
+        self.data: Data = data
+        self.num_batches = num_batches
+        self.mode: Mode = mode
+        self.loss: Loss | None = _resolve(loss)
+        self.precision: Precision = precision
+        self.optimizer = optimizer
+        self.name = name or self.diagnostic
+        check_tag(f"{self.name}/x")
+        self.seed = seed
+        self.on_error = on_error
+        self.history: list[dict[str, float]] = []
+        self.silenced = False
+        self._said: set[str] = set()
+        self._conductor: Conductor | None = None
+
+    @abc.abstractmethod
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """Return the readings of one probe, tag -> number; tags begin with `diagnostic`."""
+
+    def failure(self) -> Mapping[str, float]:
+        """Return what is logged in place of readings when measuring failed."""
+        return {}
+
+    def forget(self) -> None:
+        """Drop what earlier measurements left behind; called when a fit begins."""
+
+    @property
+    def state_key(self) -> str:
+        """Tells instances apart in checkpoints: by name and rhythm."""
+        return self._generate_state_key(
+            name=self.name, every_n_steps=self.schedule.every_n_steps, every_n_epochs=self.schedule.every_n_epochs
+        )
+
+    def say(self, message: str) -> None:
+        """Warn, once a run for each message."""
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(f"{type(self).__name__}({self.name!r}): {message}")
+
+    def fail(self, error: Exception) -> None:
+        """Report an error as `on_error` asks, and measure no more in this run."""
+        if self.on_error == "raise":
+            raise error
+        self.silenced = True
+        self.say(f"{error} Training goes on without this diagnostic.")
+
+    def renamed(self, readings: Mapping[str, float]) -> dict[str, float]:
+        """Return the readings under this instance's name."""
+        return {
+            rename(tag, self.name) if tag.startswith(f"{self.diagnostic}/") else tag: v for tag, v in readings.items()
+        }
+
+    def refusal(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
+        """Return why this run cannot be measured, or None."""
+        if trainer.world_size > 1:
+            return (
+                f"this diagnostic does not run on several processes yet, and the trainer has {trainer.world_size}. "
+                "Use devices=1 for a run that is measured."
+            )
+        if self.optimizer >= len(trainer.optimizers):
+            return (
+                f"optimizer={self.optimizer}, but the module configures {len(trainer.optimizers)}. "
+                "Pass an index below that."
+            )
+        if not isinstance(trainer.optimizers[self.optimizer], torch.optim.Optimizer):
+            return "the module configures no torch optimizer, so nothing is trained that could be measured."
+        if self.loss is None and not module.automatic_optimization:
+            return (
+                "under manual optimization training_step steps the optimizers itself and is not run again. Pass "
+                "loss=(pl_module, batch) -> scalar Tensor."
+            )
+        if self.loss is None and fetches_batches(module):
+            return "training_step fetches its own batches (dataloader_iter) and is not run again. Pass loss=."
+        return None
+
+    # Lightning's hooks: the first spectral callback of the trainer conducts, the others are conducted.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the lead if this is the trainer's first spectral callback."""
+        if stage != "fit":
+            return
+        callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        spectral = [callback for callback in callbacks if isinstance(callback, SpectralCallback)]
+        self._conductor = Conductor(spectral) if spectral[0] is self else None
+        self.silenced = False
+        self._said.clear()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock, and draw the layout of the charts."""
+        if self._conductor:
+            self._conductor.start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure what is due before this batch's optimizer step."""
+        if self._conductor:
+            self._conductor.before_batch(trainer, pl_module, batch, batch_idx)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the parameters that training reached with those that the probe reached."""
+        if self._conductor and self._conductor.awaits_gradients:
+            self._conductor.after_backward(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure what is due at the end of this epoch."""
+        if self._conductor:
+            self._conductor.after_epoch(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock and log what it shows."""
+        if self._conductor:
+            self._conductor.stop(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the clock and the fixed batches, kept by the callback that conducts."""
+        return self._conductor.state_dict() if self._conductor else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a run: the same batches, and the time already spent."""
+        if self._conductor and state_dict:
+            self._conductor.load_state_dict(state_dict)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def _resolve(loss: Callable[[Any, Any], Tensor] | str | None) -> Loss | None:
+    if not isinstance(loss, str):
+        return loss
+    module, _, attribute = loss.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"loss={loss!r} must be the dotted path of a function (pl_module, batch) -> scalar Tensor: {error}."
+        ) from error

@@ -1,0 +1,132 @@
+"""Where the batches that are measured on come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from spectral_callbacks.probe import seed_generators, tensors_of
+
+Data = Literal["fixed", "current", "train"] | DataLoader[Any]
+_CHECKPOINT_LIMIT = 2**24  # bytes of fixed batches that a checkpoint carries
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenBatch:
+    """A batch copied from training, and the index that its training step was given."""
+
+    batch: Any
+    batch_idx: int
+
+
+class FixedBatches:
+    """The first batches of training, copied to the CPU as they pass.
+
+    Args:
+        num_batches: How many to keep.
+    """
+
+    def __init__(self, num_batches: int) -> None:
+        self._num_batches = num_batches
+        self._kept: list[FrozenBatch] = []
+        self.lost_on_resume = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all have passed."""
+        return len(self._kept) >= self._num_batches
+
+    def see(self, batch: Any, batch_idx: int) -> None:
+        """Keep a copy, unless there are enough."""
+        if not self.is_complete:
+            self._kept.append(FrozenBatch(move_data_to_device(detached_copy(batch), "cpu"), batch_idx))
+
+    def take(self, num_batches: int) -> list[FrozenBatch] | None:
+        """Return the first so many, or None while they have not all passed."""
+        return self._kept[:num_batches] if len(self._kept) >= num_batches else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the batches, if a checkpoint can carry them: up to 16 MiB of tensors in plain containers."""
+        size = sum(t.numel() * t.element_size() for kept in self._kept for t in tensors_of(kept.batch))
+        portable = size <= _CHECKPOINT_LIMIT and all(_is_plain(kept.batch) for kept in self._kept)
+        return {"batches": [(kept.batch, kept.batch_idx) for kept in self._kept] if portable else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the batches of the run that is resumed, or note that it could not pass them on."""
+        if state["batches"] is None:
+            self.lost_on_resume = True
+        else:
+            self._kept = [FrozenBatch(batch, batch_idx) for batch, batch_idx in state["batches"]]
+
+
+def detached_copy(batch: Any) -> Any:
+    """Return the batch with every tensor detached and copied; tensors made in inference mode become ordinary ones."""
+    with torch.inference_mode(False), torch.no_grad():
+        return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+
+
+def batches_of_loader(trainer: pl.Trainer, loader: Iterable[Any], num_batches: int) -> list[FrozenBatch]:
+    """Return the first batches of a loader of the user's own, with the module's transfer hooks applied, on the CPU.
+
+    Raises:
+        ValueError: If the loader has none.
+    """
+    batches: list[FrozenBatch] = []
+    for batch_idx, batch in enumerate(loader):
+        if batch_idx == num_batches:
+            break
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        batches.append(FrozenBatch(move_data_to_device(detached_copy(batch), "cpu"), batch_idx))
+    if not batches:
+        raise ValueError("the loader given as data= has no batch; pass one that yields at least one.")
+    return batches
+
+
+def second_train_loader(trainer: pl.Trainer, seed: int) -> DataLoader[Any]:
+    """Return a loader over the training set with an order of its own.
+
+    Iterating the trainer's loader again would move its generator, and with persistent workers restart the epoch.
+
+    Raises:
+        ValueError: If the trainer does not train from one map-style DataLoader.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"data='train' needs a torch DataLoader over a map-style dataset, and training uses "
+            f"{type(loader).__name__}; pass a DataLoader of your own as data=, or use data='fixed'."
+        )
+    if loader.batch_size is None:
+        raise ValueError("data='train' needs a loader with a batch_size; pass a DataLoader of your own as data=.")
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        shuffle=True,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def load_batches(trainer: pl.Trainer, data: Data, num_batches: int, seed: int) -> list[FrozenBatch]:
+    """Return batches of a second loader; call it where the global generators are restored afterwards."""
+    seed_generators(seed)
+    loader = second_train_loader(trainer, seed) if data == "train" else data
+    return batches_of_loader(trainer, loader, num_batches)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, value.values()))
+    return type(value) in (Tensor, int, float, bool, str, type(None))

@@ -1,0 +1,34 @@
+"""Where readings go: to every logger, to the metrics that monitors watch, and to the history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from spectral_callbacks.tags import Chart, check_tag, layout
+
+
+def logging_step(trainer: pl.Trainer) -> int:
+    """Return the step that Lightning's own monitors log at: batches that ended in an optimizer step."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def record(trainer: pl.Trainer, readings: Mapping[str, float], step: int) -> None:
+    """Send scalars to every logger and to `trainer.callback_metrics`."""
+    if not readings:
+        return
+    scalars = {check_tag(tag): float(value) for tag, value in readings.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=step)
+    trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in scalars.items()})
+
+
+def draw_layout(trainer: pl.Trainer, charts: Iterable[tuple[str, tuple[Chart, ...]]]) -> None:
+    """Tell TensorBoard which tags belong in one chart."""
+    sections = dict(charts)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and sections:
+            logger.experiment.add_custom_scalars(layout(sections))

@@ -1,0 +1,107 @@
+"""Scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels that come with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+_NUM_IMAGES = 1797
+
+
+class Samples(Dataset[tuple[Tensor, Tensor]]):
+    """Inputs and targets in memory; a batch is one indexing operation.
+
+    Args:
+        inputs: (n, ...).
+        targets: (n,).
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs = inputs
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.targets[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a whole batch; PyTorch's loader asks for it instead of collating single samples."""
+        chosen = torch.as_tensor(indices)
+        return self.inputs[chosen], self.targets[chosen]
+
+
+def _collated(batch: Any) -> Any:
+    return batch
+
+
+class DigitsDataModule(pl.LightningDataModule):
+    """Handwritten digits, split at random, each pixel standardised by the training images.
+
+    Batches are `(images (n, 64) float32, classes (n,) int64)`. Nothing is downloaded.
+
+    Args:
+        batch_size: Images in a training batch; None or 0 for all of them in one, which is full-batch training.
+        num_train: Training images; the rest of the 1,797 validates and tests.
+        seed: Fixes the split and the order of the batches.
+
+    Raises:
+        ValueError: If the sizes are out of range.
+        ModuleNotFoundError: On `setup`, if scikit-learn is missing.
+    """
+
+    def __init__(self, batch_size: int | None = 64, num_train: int = 1000, seed: int = 0) -> None:
+        super().__init__()
+        if not 0 < num_train < _NUM_IMAGES:
+            raise ValueError(f"num_train={num_train!r} must lie between 1 and {_NUM_IMAGES - 1}: the rest validates.")
+        if batch_size is not None and batch_size < 0:
+            raise ValueError(f"batch_size={batch_size!r} must be positive, or 0 for all images in one batch.")
+        self.batch_size = batch_size or num_train
+        self.num_train = num_train
+        self.seed = seed
+
+    def setup(self, stage: str) -> None:
+        """Load, split and standardise."""
+        images, classes = _load()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
+        train, val = order[: self.num_train], order[self.num_train :]
+        deviation, mean = torch.std_mean(images[train], dim=0, correction=0)
+        images = (images - mean) / torch.where(deviation > 0, deviation, 1)  # some pixels of the rim are blank
+        self._train = Samples(images[train], classes[train])
+        self._val = Samples(images[val], classes[val])
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Return the training batches, shuffled by a generator of their own unless there is only one."""
+        return DataLoader(
+            self._train,
+            batch_size=self.batch_size,
+            shuffle=self.batch_size < self.num_train,
+            generator=torch.Generator().manual_seed(self.seed),
+            collate_fn=_collated,
+        )
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Return the images that were not trained on, in one batch."""
+        return DataLoader(self._val, batch_size=len(self._val), collate_fn=_collated)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Return the validation images."""
+        return self.val_dataloader()
+
+
+def _load() -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "DigitsDataModule reads scikit-learn's digits, and scikit-learn is not installed: "
+            "pip install 'spectral-callbacks[demo]'"
+        ) from error
+    images, classes = load_digits(return_X_y=True)
+    return torch.as_tensor(images, dtype=torch.float32), torch.as_tensor(classes, dtype=torch.int64)

@@ -1,0 +1,152 @@
+"""Objective: a loss over frozen batches, as a function of the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from spectral_callbacks.operators.memory import free_bytes
+from spectral_callbacks.operators.parameters import ParameterSpace
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientGraph:
+    """Loss and gradient of one batch, with the graph that can be differentiated again.
+
+    Attributes:
+        weight: Share of the batch in the objective.
+        loss: Scalar, detached.
+        gradient: One tensor a parameter; None where the loss does not depend on it.
+    """
+
+    weight: float
+    loss: Tensor
+    gradient: tuple[Tensor | None, ...]
+
+
+class Objective:
+    """A weighted mean of losses, one a frozen batch, seen as a function on parameter space.
+
+    The gradient graph of each batch is built once and shared by every product at these weights. Where memory is short
+    (after some batch less is free than the next graph and its products will take) the graphs are built anew for every
+    pass
+    instead: 2.9 gradients a product rather than 1.6 to 1.9.
+
+    Args:
+        space: The parameters it is a function of.
+        losses: One closure a batch; each returns the batch's loss, a scalar with its graph, and must be the same
+            function of the parameters at every call.
+        weights: Share of each batch, for example its number of samples; normalised to sum to 1. Equal if left out.
+        keep_graphs: True or False decides; None asks the free memory.
+
+    Raises:
+        ValueError: If there is no batch, or the weights do not fit.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from spectral_callbacks.operators import ParameterSpace
+        >>> module = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.constant_(module.weight, 3.0)
+        >>> objective = Objective(ParameterSpace(module), [lambda: module.weight.square().sum()])
+        >>> objective.loss(), objective.gradient().tolist()
+        (9.0, [6.0])
+    """
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        losses: Sequence[Callable[[], Tensor]],
+        weights: Sequence[float] | None = None,
+        *,
+        keep_graphs: bool | None = None,
+    ) -> None:
+        weights = [1.0] * len(losses) if weights is None else list(weights)
+        if not losses or len(weights) != len(losses) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(
+                f"got {len(losses)} losses with weights {weights}; pass at least one loss, and one weight ≥ 0 for each."
+            )
+        self.space = space
+        self._losses = tuple(losses)
+        self._weights = tuple(w / sum(weights) for w in weights)
+        self._keep_graphs = keep_graphs
+        self._kept: list[GradientGraph] = []
+        self._born_at: list[tuple[int, int]] | None = None
+        self._loss: float | None = None
+        self._gradient: Tensor | None = None
+
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether graphs are kept between passes, as decided so far."""
+        return self._keep_graphs is not False
+
+    def graphs(self) -> Iterator[GradientGraph]:
+        """Yield the gradient graph of each batch: kept ones as they are, others built on the way.
+
+        Raises:
+            RuntimeError: If the weights changed since the first pass.
+        """
+        self._check_weights()
+        for index in range(len(self._losses)):
+            if index < len(self._kept):
+                yield self._kept[index]
+                continue
+            before = free_bytes(self.space.device) if self._keep_graphs is None else None
+            graph = self._build(index)
+            if before is not None:
+                self._weigh(before)
+            if self.keeps_graphs:
+                self._kept.append(graph)
+            yield graph
+        if self._keep_graphs is None:
+            self._keep_graphs = True
+
+    def loss(self) -> float:
+        """Return the value of the objective."""
+        return self._first_order()[0]
+
+    def gradient(self) -> Tensor:  # (n,)
+        """Return the gradient of the objective."""
+        return self._first_order()[1]
+
+    def _first_order(self) -> tuple[float, Tensor]:
+        if self._loss is None or self._gradient is None:
+            loss, gradient = 0.0, torch.zeros(self.space.size, dtype=self.space.dtype, device=self.space.device)
+            for graph in self.graphs():
+                loss += graph.weight * graph.loss.item()
+                gradient.add_(self.space.flatten(graph.gradient), alpha=graph.weight)
+            self._loss, self._gradient = loss, gradient
+        else:
+            self._check_weights()
+        return self._loss, self._gradient
+
+    def _build(self, index: int) -> GradientGraph:
+        with torch.enable_grad():
+            loss = self._losses[index]()
+            if loss.numel() != 1:
+                raise ValueError(f"the loss has shape {tuple(loss.shape)}; return a scalar, for example loss.mean().")
+            loss = loss.reshape(())
+            if loss.requires_grad:
+                gradient = torch.autograd.grad(loss, self.space.tensors, create_graph=True, allow_unused=True)
+            else:
+                gradient = (None,) * len(self.space.tensors)
+        return GradientGraph(self._weights[index], loss.detach(), gradient)
+
+    def _weigh(self, free_before: int) -> None:
+        free = free_bytes(self.space.device)
+        if free is not None and free < free_before - free:
+            self._keep_graphs = False
+            self._kept.clear()
+
+    def _check_weights(self) -> None:
+        now = [(p._version, p.data_ptr()) for p in self.space.tensors]
+        if self._born_at is None:
+            self._born_at = now
+        elif now != self._born_at:
+            raise RuntimeError(
+                "the parameters changed since this objective was first differentiated, so its graph belongs to old "
+                "weights; build a new objective (or probe) after every optimizer step."
+            )

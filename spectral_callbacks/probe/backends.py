@@ -1,0 +1,300 @@
+"""Backends: run a model so that its loss can be differentiated twice, exactly.
+
+Fused kernels are written for training, which differentiates once. Differentiated again they raise, or (weight norm,
+reentrant checkpoints) are silently wrong. Each has a slower form that is the same function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _functions
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+from torch.utils.checkpoint import CheckpointFunction
+
+_Operation = Callable[..., Any]
+_DelayedError = _functions.DelayedError
+_math_attention = functools.partial(sdpa_kernel, SDPBackend.MATH)
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Run torch so that double backward (`torch.autograd.grad` of a gradient) is exact.
+
+    Values and first derivatives stay what they are outside, up to rounding; only dropout inside a fused CUDA kernel
+    (attention, RNN) draws its mask from another stream. Inside the context
+
+    - `torch.compile`d code runs eagerly, and nothing is compiled;
+    - attention uses torch's `MATH` backend, also where the model asks for another one;
+    - `weight_norm`, `cdist`, `pdist`, `embedding_bag`, and normalizations with a bias but no weight are replaced by
+      compositions of operations that torch differentiates twice;
+    - LSTM, GRU and RNN do not use cuDNN;
+    - activation checkpoints store their activations instead of recomputing them;
+    - a `torch.autograd.Function` marked `once_differentiable` raises where torch would take its curvature for zero.
+
+    Evaluate the loss and take its gradients inside. The context nests, and on exit, also by an exception, every setting
+    is what it was. Settings are global to the process: let no other thread train meanwhile.
+
+    Out of reach: operations without a second derivative in torch (`ctc_loss`, `multi_margin_loss`,
+    `multilabel_margin_loss`, `embedding_bag` with `scale_grad_by_freq`), which raise as they do outside (see
+    `explain`); the kernels of other packages; and weight norm, `cdist` or `embedding_bag` within TorchScript.
+
+    Cost: about 25 µs to enter and leave, and 1-4 µs for each call of a torch function while the loss is evaluated.
+    Memory: checkpoints save none, attention takes the square of the sequence's length, and `cdist` with p other than 2
+    holds all differences.
+
+    Example:
+        >>> import torch
+        >>> w = torch.tensor([0.0, 1.0, 3.0], requires_grad=True)
+        >>> with twice_differentiable():
+        ...     loss = torch.cdist(w[:, None], w[:, None]).square().sum() / 2
+        ...     (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+        ...     (product,) = torch.autograd.grad(gradient @ torch.tensor([1.0, 0.0, 0.0]), w)
+        >>> product
+        tensor([ 4., -2., -2.])
+    """
+    with (
+        _math_attention(),
+        torch.compiler.set_stance("force_eager"),
+        _replaced(CheckpointFunction, "apply", staticmethod(_reentrant_checkpoint)),
+        _replaced(checkpoint, "_checkpoint_without_reentrant_generator", _checkpoint),
+        _replaced(_functions, "DelayedError", _delayed_error),
+        _Substitution(),
+    ):
+        yield
+
+
+def explain(error: Exception) -> str | None:
+    """Say in one sentence what has no second derivative, and what to do about it.
+
+    Args:
+        error: What a double backward raised.
+
+    Returns:
+        The sentence; None if the error is about something else.
+    """
+    message = str(error)
+    if match := _NOT_IMPLEMENTED.search(message):
+        name = match["name"]
+        remedy = _REACHED_ONLY_INSIDE if any(word in name for word in _SUBSTITUTED) else _REWRITE
+        return f"torch has no second derivative for {name}, and curvature needs one: {remedy}."
+    if "once_differentiable" in message:
+        return (
+            "a torch.autograd.Function of the model is marked @once_differentiable, and curvature needs a second "
+            "derivative: write its backward with differentiable operations, or pass a loss= without it."
+        )
+    if "donated buffers" in message or "does not currently support double backward" in message:
+        return (
+            "code compiled by torch.compile has no second derivative, and curvature needs one: evaluate the loss "
+            "inside twice_differentiable(), which runs compiled code eagerly."
+        )
+    return None
+
+
+_NOT_IMPLEMENTED = re.compile(r"derivative for '?(?:aten::)?_*(?P<name>\w+?)(?:_backward\w*)?'? is not implemented")
+_SUBSTITUTED = ("attention", "embedding_bag", "cdist", "pdist", "cudnn_rnn", "miopen_rnn")
+_REACHED_ONLY_INSIDE = (
+    "evaluate the loss inside twice_differentiable(), and call the operation from Python, through torch.nn or "
+    "torch.nn.functional (embedding_bag: without scale_grad_by_freq)"
+)
+_REWRITE = "write it with elementary torch operations, or pass a loss= without it"
+
+
+class _Substitution(TorchFunctionMode):
+    """Replaces operations of the table below by twice differentiable forms, wherever Python code calls them."""
+
+    def __torch_function__(
+        self, func: _Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _SUBSTITUTES.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    own = vars(owner).get(name)  # None: inherited
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+def _reentrant_checkpoint(function: _Operation, preserve_rng_state: bool, *args: Any) -> Any:
+    """Show the parameters inside to `torch.autograd.grad`, drawing the random numbers of the forward pass."""
+    if any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return function(*args)
+    # Without such an input training gives no gradient to the parameters inside, and they are measured as they train.
+    return super(CheckpointFunction, CheckpointFunction).apply(function, preserve_rng_state, *args)
+
+
+def _checkpoint(
+    fn: _Operation, preserve_rng_state: bool, context_fn: _Operation, *args: Any, **kwargs: Any
+) -> Iterator[None]:
+    """Do not run the model again in every backward pass.
+
+    No mode sees what runs there, and it would save no memory: the graph of the gradient holds the activations too.
+    """
+    forward, _ = context_fn()
+    with forward:
+        yield
+
+
+def _delayed_error(message: bytes, num_inputs: int) -> _Operation:
+    """Raise at once: torch's own error hangs on a branch that leads to no parameter, and the curvature comes out 0."""
+    if b"once_differentiable" in message:
+        raise RuntimeError(message.decode())
+    return _DelayedError(message, num_inputs)
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    enabled = cudnn.enabled
+    cudnn.enabled = False  # cudnn.flags() would touch TF32 and benchmarking as well
+    try:
+        yield
+    finally:
+        cudnn.enabled = enabled
+
+
+def _inside(context: Callable[[], contextlib.AbstractContextManager[Any]], operation: _Operation) -> _Operation:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return operation(*args, **kwargs)
+
+    return call
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _weighted(norm: _Operation) -> _Operation:
+    """A normalization whose bias never comes without a weight: then torch's second derivative fails (pytorch#79705)."""
+
+    def call(*args: Any, weight: Tensor | None = None, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if weight is None and bias is not None:
+            weight = torch.ones_like(bias)
+        return norm(*args, weight=weight, bias=bias, **kwargs)  # torch.nn.functional passes both by name
+
+    return call
+
+
+class _EuclideanDistance(torch.autograd.Function):
+    """‖aᵢ - bⱼ‖ with the derivative (aᵢ - bⱼ)/‖aᵢ - bⱼ‖, or 0 at distance 0, as torch has it; differentiable in turn.
+
+    The saved distance carries this function's own derivative, so any order is exact without the (P, R, M) differences.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        # Through matrix products a point's distance to itself is √ε rather than 0, and its curvature 1/√ε.
+        distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+        ctx.save_for_backward(a, b, distance)
+        return distance
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, distance = ctx.saved_tensors
+        zero = distance == 0
+        ratio = (gradients[0] / distance.masked_fill(zero, 1)).masked_fill(zero, 0)
+        return (
+            ratio.sum(-1, keepdim=True) * a - ratio @ b,
+            ratio.sum(-2).unsqueeze(-1) * b - ratio.mT @ a,
+        )
+
+
+def _cdist(
+    x1: Tensor,  # (*, P, M)
+    x2: Tensor,  # (*, R, M)
+    p: float = 2.0,
+    compute_mode: str = "",
+) -> Tensor:  # (*, P, R)
+    if p == 0:  # counts the components that differ
+        return torch.cdist(x1.detach(), x2.detach(), p)
+    dtype = torch.promote_types(x1.dtype, torch.float32)  # what autocast does
+    batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
+    a = x1.to(dtype).expand(*batch, *x1.shape[-2:])
+    b = x2.to(dtype).expand(*batch, *x2.shape[-2:])
+    if p == 2:
+        return _EuclideanDistance.apply(a, b)
+    difference = (a.unsqueeze(-2) - b.unsqueeze(-3)).abs()
+    if p == float("inf"):
+        return difference.amax(-1)
+    # Powers have infinite derivatives at 0; filled twice, a zero component or distance gets derivative 0, as in torch.
+    zero = difference == 0
+    power = difference.masked_fill(zero, 1).pow(p).masked_fill(zero, 0).sum(-1)
+    zero = power == 0
+    return power.masked_fill(zero, 1).pow(1 / p).masked_fill(zero, 0)
+
+
+def _pdist(input: Tensor, p: float = 2.0) -> Tensor:  # (N, M) -> (N (N - 1) / 2,)
+    row, column = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    return _cdist(input, input, p)[row, column]
+
+
+def _embedding_bag(
+    input: Tensor,  # (B, N), or (n,) with offsets
+    weight: Tensor,  # (V, D)
+    offsets: Tensor | None = None,  # (B,), or (B + 1,) with include_last_offset
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: Literal["sum", "mean", "max"] = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,  # as input
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:  # (B, D)
+    if scale_grad_by_freq or input.is_nested:  # the former's gradient is that of no function: let torch refuse
+        rest = (max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset)
+        return F.embedding_bag(input, weight, offsets, *rest, padding_idx)
+    if offsets is None:
+        offsets = torch.arange(0, input.numel(), input.shape[1], dtype=input.dtype, device=input.device)
+        include_last_offset = False
+    indices = input.reshape(-1)
+    if max_norm is not None:
+        torch.embedding_renorm_(weight.detach(), indices, max_norm, norm_type)
+    if mode == "max":
+        _, _, size, winner = torch.embedding_bag(
+            weight.detach(), indices, offsets, False, 2, False, None, include_last_offset, padding_idx
+        )
+        return weight.gather(0, winner.clamp(min=0)).masked_fill((size == 0).unsqueeze(1), 0)
+    num_bags = len(offsets) - include_last_offset
+    position = torch.arange(len(indices), dtype=offsets.dtype, device=offsets.device)
+    bag = torch.searchsorted(offsets.contiguous(), position, right=True) - 1
+    if padding_idx is not None:  # into the extra bag at the end, which is dropped
+        bag = bag.masked_fill(indices == padding_idx % len(weight), num_bags)
+    vectors = F.embedding(indices, weight, sparse=sparse)
+    if per_sample_weights is not None:
+        vectors = vectors * per_sample_weights.reshape(-1, 1)
+    total = vectors.new_zeros(num_bags + 1, weight.shape[1]).index_add(0, bag, vectors)[:num_bags]
+    if mode == "sum":
+        return total
+    size = vectors.new_zeros(num_bags + 1).index_add(0, bag, vectors.new_ones(len(bag)))[:num_bags]
+    return total / size.clamp(min=1).unsqueeze(1)
+
+
+_SUBSTITUTES: dict[_Operation, _Operation] = {
+    # Inside multi_head_attention_forward no mode is active, so an inner sdpa_kernel is overruled around it.
+    F.scaled_dot_product_attention: _inside(_math_attention, F.scaled_dot_product_attention),
+    F.multi_head_attention_forward: _inside(_math_attention, F.multi_head_attention_forward),
+    torch._weight_norm: _weight_norm,
+    torch.cdist: _cdist,
+    torch.pdist: _pdist,
+    F.embedding_bag: _embedding_bag,
+    **{norm: _weighted(norm) for norm in (F.batch_norm, F.instance_norm, F.layer_norm)},
+    **{rnn: _inside(_without_cudnn, rnn) for rnn in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+}

@@ -1,0 +1,126 @@
+"""Isolation: run a model's own loss in the middle of training, and leave no trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from spectral_callbacks.probe.backends import twice_differentiable
+from spectral_callbacks.probe.randomness import RandomState, seed_generators
+from spectral_callbacks.probe.state import ModuleState
+from spectral_callbacks.probe.writes import CopyOnWrite
+
+Mode = Literal["train", "eval"]
+
+
+class Isolation:
+    """The inside of `undisturbed`: evaluates closures, each from the state the module was found in.
+
+    Args:
+        module: Whose state is protected.
+        randomness: The state of the random generators that training will go on with.
+    """
+
+    def __init__(self, module: nn.Module, randomness: RandomState) -> None:
+        self._module = module
+        self._randomness = randomness
+        self._state = ModuleState(module)
+
+    def evaluate(
+        self,
+        closure: Callable[[], Tensor],
+        *,
+        seed: int | None,
+        protect: tuple[Tensor, ...] = (),
+    ) -> Tensor:  # ()
+        """Return what the closure returns, from the same buffers, attributes and random numbers at every call.
+
+        Args:
+            closure: Runs the module.
+            seed: Seeds every global generator; None lets the closure draw what training draws next.
+            protect: More tensors that the closure must not change, for example its batch.
+
+        Raises:
+            RuntimeError: If the closure writes to a trainable parameter. The parameter is put back first.
+        """
+        self._state.substitute_buffers()
+        if seed is None:
+            self._randomness.restore()
+        else:
+            seed_generators(seed)
+        writes = CopyOnWrite([*self._module.parameters(), *self._state.tensors, *protect])
+        try:
+            with torch.enable_grad(), writes:
+                loss = closure()
+        finally:
+            written = writes.written
+            writes.restore()
+            self._state.restore_attributes()
+        self._refuse_moved_parameters(written)
+        return loss
+
+    def set_training(self, mode: Mode) -> None:
+        """Put every submodule into `eval` mode, or leave each in the mode that training uses."""
+        if mode == "eval":
+            self._state.set_training(False)
+
+    def restore(self) -> None:
+        """Bring modes, buffers and attributes back."""
+        self._state.restore_modes()
+        self._state.restore()
+
+    def _refuse_moved_parameters(self, written: set[int]) -> None:
+        if not written:
+            return
+        moved = [
+            name
+            for name, p in self._module.named_parameters()
+            if p.requires_grad and p.untyped_storage().data_ptr() in written
+        ]
+        if moved:
+            more = ", ..." if len(moved) > 3 else ""
+            raise RuntimeError(
+                f"the loss writes to the trainable parameters {', '.join(moved[:3])}{more}, so it is no function of "
+                "them; they were put back. Pass loss= that computes the loss without this write."
+            )
+
+
+@contextlib.contextmanager
+def undisturbed(module: nn.Module, *, mode: Mode = "train") -> Iterator[Isolation]:
+    """Isolate what happens inside from training, bit for bit.
+
+    Restored on the way out, also after an exception: the global random generators (torch on the CPU and on every CUDA
+    device, numpy, `random`), buffers, modes, Python attributes of every submodule (so that metric objects survive),
+    frozen parameters, and the backend switches of `twice_differentiable`. `.grad` is safe as long as gradients are
+    taken with `torch.autograd.grad`, as everything here does.
+
+    Args:
+        module: The model in training, unwrapped.
+        mode: "train" leaves every submodule in the mode training has it in; "eval" switches all of them.
+
+    Yields:
+        The isolation, whose `evaluate` runs a closure from one and the same state each time.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout())
+        >>> before = torch.get_rng_state()
+        >>> with undisturbed(module) as isolation:
+        ...     loss = isolation.evaluate(lambda: module(torch.ones(4, 2)).sum(), seed=0)
+        >>> module[1].num_batches_tracked.item(), torch.equal(before, torch.get_rng_state())
+        (0, True)
+    """
+    randomness = RandomState.capture()
+    isolation = Isolation(module, randomness)
+    try:
+        isolation.set_training(mode)
+        with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
+            yield isolation
+    finally:
+        isolation.restore()
+        randomness.restore()
