@@ -84,7 +84,7 @@ class SpectralCallback(pl.Callback, abc.ABC):
         if optimizer < 0:
             raise ValueError(f"optimizer={optimizer!r} must be the index of an optimizer, counted from 0.")
         if not isinstance(data, DataLoader):
-            _check_choice("data", data, ("fixed", "current", "train", "a DataLoader"))
+            _check_choice("data", data, ("fixed", "current", "train"), or_else=", or a DataLoader")
         _check_choice("mode", mode, get_args(Mode))
         _check_choice("precision", precision, get_args(Precision))
         _check_choice("on_error", on_error, ("warn", "raise"))
@@ -217,9 +217,9 @@ class SpectralCallback(pl.Callback, abc.ABC):
             self._conductor.load_state_dict(state_dict)
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[str, ...], *, or_else: str = "") -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}{or_else}.")
 
 
 def _resolve(loss: Callable[[Any, Any], Tensor] | str | None) -> Loss | None:

@@ -9,11 +9,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from spectral_callbacks.probe import seed_generators, tensors_of
+from spectral_callbacks.probe import copied, seed_generators, tensors_of
 
 Data = Literal["fixed", "current", "train"] | DataLoader[Any]
 _CHECKPOINT_LIMIT = 2**24  # bytes of fixed batches that a checkpoint carries
@@ -47,7 +46,7 @@ class FixedBatches:
     def see(self, batch: Any, batch_idx: int) -> None:
         """Keep a copy, unless there are enough."""
         if not self.is_complete:
-            self._kept.append(FrozenBatch(move_data_to_device(detached_copy(batch), "cpu"), batch_idx))
+            self._kept.append(FrozenBatch(move_data_to_device(copied(batch), "cpu"), batch_idx))
 
     def take(self, num_batches: int) -> list[FrozenBatch] | None:
         """Return the first so many, or None while they have not all passed."""
@@ -67,12 +66,6 @@ class FixedBatches:
             self._kept = [FrozenBatch(batch, batch_idx) for batch, batch_idx in state["batches"]]
 
 
-def detached_copy(batch: Any) -> Any:
-    """Return the batch with every tensor detached and copied; tensors made in inference mode become ordinary ones."""
-    with torch.inference_mode(False), torch.no_grad():
-        return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
-
-
 def batches_of_loader(trainer: pl.Trainer, loader: Iterable[Any], num_batches: int) -> list[FrozenBatch]:
     """Return the first batches of a loader of the user's own, with the module's transfer hooks applied, on the CPU.
 
@@ -86,7 +79,7 @@ def batches_of_loader(trainer: pl.Trainer, loader: Iterable[Any], num_batches: i
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        batches.append(FrozenBatch(move_data_to_device(detached_copy(batch), "cpu"), batch_idx))
+        batches.append(FrozenBatch(move_data_to_device(copied(batch), "cpu"), batch_idx))
     if not batches:
         raise ValueError("the loader given as data= has no batch; pass one that yields at least one.")
     return batches

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 
-from spectral_callbacks.callbacks.batches import FixedBatches, FrozenBatch, detached_copy, load_batches
+from spectral_callbacks.callbacks.batches import FixedBatches, FrozenBatch, load_batches
 from spectral_callbacks.callbacks.loss import loss_of
 from spectral_callbacks.callbacks.muting import muted, precision_of
 from spectral_callbacks.callbacks.record import draw_layout, logging_step, record
@@ -25,7 +25,6 @@ from spectral_callbacks.probe import (
     check_reached,
     check_symmetry,
     explain,
-    tensors_of,
     undisturbed,
     unreached_parameters,
 )
@@ -41,6 +40,7 @@ _HALF_PRECISION_NOISE = 0.1  # products under bfloat16 autocast were off by up t
 class _Reach:
     """Parameters that the probe did not reach, until training's own gradients tell whether it should have."""
 
+    key: tuple[Any, ...]
     callbacks: list[SpectralCallback]
     space: ParameterSpace
     unreached: tuple[str, ...]
@@ -122,6 +122,7 @@ class Conductor:
             try:
                 check_reached(reach.unreached, reach.space)
             except WrongDerivativeError as error:
+                self._tested.discard(reach.key)  # for callbacks that were not due yet
                 for callback in reach.callbacks:
                     self._fail(trainer, callback, error, logging_step(trainer))
 
@@ -165,6 +166,7 @@ class Conductor:
         began = _clock(trainer)
         once = 0.0
         for key, group in groups.items():
+            failures: dict[SpectralCallback, Exception] = {}
             try:
                 with _undisturbed_run(trainer, module, group[0]):
                     batches = self._batches(trainer, module, group[0])
@@ -172,10 +174,11 @@ class Conductor:
                         self._owed.update(group)
                         continue
                     self._owed.difference_update(group)
-                    once += self._measure_group(trainer, module, key, group, batches, step, current, readings)
+                    once += self._measure_group(trainer, module, key, group, batches, step, current, readings, failures)
             except Exception as error:  # noqa: BLE001 - whatever goes wrong here, training must go on
-                for callback in group:
-                    self._fail(trainer, callback, error, step)
+                failures = dict.fromkeys(group, error)
+            for callback, error in failures.items():  # here the loggers listen again
+                self._fail(trainer, callback, error, step)
         if not readings:
             self._budget.pay(_clock(trainer) - began)
             return
@@ -198,6 +201,7 @@ class Conductor:
         step: int,
         current: FrozenBatch | None,
         readings: dict[SpectralCallback, Mapping[str, float]],
+        failures: dict[SpectralCallback, Exception],
     ) -> float:
         """Let a group measure on one probe; return the seconds that went into the self-test."""
         first = group[0]
@@ -210,28 +214,37 @@ class Conductor:
             curved = [callback for callback in group if callback.differentiates_twice]
             if curved and key not in self._tested:
                 began = _clock(trainer)
-                self._tested.add(key)
-                self._test(trainer, probe, curved, current)
+                if self._test(trainer, probe, key, curved, current):
+                    self._tested.add(key)
                 once = _clock(trainer) - began
             for callback in group:
                 try:
                     readings[callback] = callback.measure(probe.with_generator(_generator(probe, callback, step)))
                 except Exception as error:  # noqa: BLE001
-                    self._fail(trainer, callback, error, step)
+                    failures[callback] = error
         return once
 
     def _test(
-        self, trainer: pl.Trainer, probe: Probe, callbacks: list[SpectralCallback], current: FrozenBatch | None
-    ) -> None:
-        """Test the products, and remember the parameters that were missed until training has its gradients."""
+        self,
+        trainer: pl.Trainer,
+        probe: Probe,
+        key: tuple[Any, ...],
+        callbacks: list[SpectralCallback],
+        current: FrozenBatch | None,
+    ) -> bool:
+        """Test the products, and remember the parameters that were missed until training has its gradients.
+
+        Returns whether the products told anything.
+        """
         first = callbacks[0]
         noise = _HALF_PRECISION_NOISE if _is_rough(probe.space, trainer, first) else None
         generator = _generator(probe, first, -1)
-        check_symmetry(probe.operator(Hessian), probe.space, probe.module, generator=generator, noise=noise)
+        told = check_symmetry(probe.operator(Hessian), probe.space, probe.module, generator=generator, noise=noise)
         if current is not None and first.loss is None and first.mode == "train":
             unreached = unreached_parameters(probe.evaluate(current, seed=None), probe.space)
             if unreached:
-                self._reaches.append(_Reach(callbacks, probe.space, unreached))
+                self._reaches.append(_Reach(key, callbacks, probe.space, unreached))
+        return told
 
     def _batches(
         self, trainer: pl.Trainer, module: pl.LightningModule, callback: SpectralCallback
@@ -249,13 +262,7 @@ class Conductor:
             batches = self._loaded[key]
         if batches is None:
             return None
-        on_device = (FrozenBatch(move_data_to_device(b.batch, module.device), b.batch_idx) for b in batches)
-        return [
-            FrozenBatch(detached_copy(b.batch), b.batch_idx)
-            if any(t.is_inference() for t in tensors_of(b.batch))
-            else b
-            for b in on_device
-        ]
+        return [FrozenBatch(move_data_to_device(b.batch, module.device), b.batch_idx) for b in batches]
 
     def _fail(self, trainer: pl.Trainer, callback: SpectralCallback, error: Exception, step: int) -> None:
         explanation = explain(error)

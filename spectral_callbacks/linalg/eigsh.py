@@ -153,8 +153,11 @@ class Search:
             elif not self._has_budget():
                 status = Status.BUDGET
                 break
-            else:
-                self._follow(follow)
+            elif not self._follow(follow):
+                status = Status.BREAKDOWN
+                break
+        if status is not Status.NONFINITE and krylov.asymmetry > _MAX_ASYMMETRY:
+            status = Status.BREAKDOWN
         return self.pairs(self._k, status)
 
     def pairs(self, count: int, status: Status) -> Eigenpairs:
@@ -178,8 +181,6 @@ class Search:
         if not krylov.finite:
             return Status.NONFINITE
         self._values, self._S = torch.linalg.eigh(krylov.projection)
-        if krylov.asymmetry > _MAX_ASYMMETRY:
-            return Status.BREAKDOWN
         if krylov.dimension >= max(_MAX_BASIS, 4 * self._k):
             best = self._wanted(max(_MAX_BASIS // 2, 2 * self._k))
             krylov.compress(self._S[:, best], self._values[best])
@@ -214,21 +215,25 @@ class Search:
         open_pairs = beside[residuals[beside] > _NEXT * scale.min()]
         return open_pairs[0] if len(open_pairs) else None
 
-    def _follow(self, index: Tensor) -> None:
-        """Multiply the residual of a Ritz pair; where the space is closed under A, a random vector."""
+    def _follow(self, index: Tensor) -> bool:
+        """Multiply the residual of a Ritz pair; where the basis is closed under A, a random vector, if one is left."""
         krylov = self._krylov
         direction = krylov.coupling(self._S[:, index])
         if krylov.num_directions and torch.linalg.vector_norm(direction) > 0:
             krylov.expand(direction)
-        elif not self._explore(1):
-            raise RuntimeError("the whole space was searched, and a residual is left; please report this.")
+            return True
+        return self._explore(1)
 
     def _explore(self, num_products: int) -> bool:
         """Go on from a random vector for some products; return whether there was room and budget for the first."""
         for attempt in range(num_products):
             if not self._has_budget() or not self._krylov.finite:
                 return attempt > 0
-            if (attempt == 0 and not self._krylov.add(self._random())) or not self._krylov.num_directions:
+            if attempt == 0:
+                self._krylov.add(
+                    self._random()
+                )  # nothing new where the basis spans nearly all: then what it has not tried
+            if not self._krylov.num_directions:
                 return attempt > 0
             self._krylov.expand()
         return True

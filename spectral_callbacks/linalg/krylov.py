@@ -86,12 +86,13 @@ class Krylov:
         x: Tensor,  # (n,)
     ) -> bool:
         """Append the part of x that is new as a direction; return whether there was any."""
-        size = self._gram(x, x).sqrt()
-        remainder, _, norm = self._orthogonalize(x / size)
+        x = x.to(self._rows)
+        size = self._A.gram(x[:, None], x[:, None])[0, 0].sqrt()
+        _, norm = self._orthogonalize(x / size)
         # A start vector that repeats the basis to half the digits would add rounding noise only.
         if not norm > math.sqrt(torch.finfo(self._A.dtype).eps):
             return False
-        self._append(remainder / norm)
+        self._rows[self._H.shape[0]] /= norm
         self._H = torch.nn.functional.pad(self._H, (0, 0, 0, 1))
         return True
 
@@ -104,7 +105,7 @@ class Krylov:
         self._rotate(torch.eye(p, dtype=torch.float64)[-1] if direction is None else direction)
         product = self._A.matmat(self._rows[m][:, None])[:, 0]
         self.num_matvecs += 1
-        remainder, coefficients, norm = self._orthogonalize(product)
+        coefficients, norm = self._orthogonalize(product)
         H = torch.zeros(m + p + 1, m + 1, dtype=torch.float64)
         H[: m + p, :m] = self._H
         H[: m + p, m] = coefficients
@@ -114,7 +115,7 @@ class Krylov:
             return
         closed = norm <= _CLOSED * torch.finfo(self._A.dtype).eps * H.abs().max().item()
         if not closed:
-            self._append(remainder / norm)
+            self._rows[m + p] /= norm
         self._H = H[: m + p] if closed else H
 
     def compress(
@@ -129,18 +130,19 @@ class Krylov:
         self._rows[:k] = kept
         self._H = torch.cat([torch.diag(values), self._H[m:] @ S])
 
-    def _gram(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._A.gram(x[:, None], y[:, None])[0, 0]
-
-    def _orthogonalize(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return the part of x outside span V, its coordinates inside, and the norm of the part outside."""
-        V = self._rows[: self._H.shape[0]].mT
-        first = self._A.gram(V, x[:, None])
-        x = x - (V @ first)[:, 0]
-        second = self._A.gram(V, x[:, None])
-        x = x - (V @ second)[:, 0]
-        numbers = torch.cat([(first + second)[:, 0], self._gram(x, x)[None]]).to("cpu", torch.float64)
-        return x, numbers[:-1], numbers[-1].sqrt().item()
+    def _orthogonalize(self, x: Tensor) -> tuple[Tensor, float]:
+        """Write the part of x outside span V behind V; return the coordinates of the part inside, and its norm."""
+        used = self._H.shape[0]
+        self._reserve(used + 1)
+        V, remainder = self._rows[:used].mT, self._rows[used]
+        first = self._A.gram(V, x[:, None])[:, 0]
+        torch.addmv(x, V, first, alpha=-1, out=remainder)
+        # One product gives the second pass and the norm before it; the norm after it is theirs by Pythagoras.
+        second = self._A.gram(self._rows[: used + 1].mT, remainder[:, None])[:, 0]
+        remainder.addmv_(V, second[:used], alpha=-1)
+        coefficients = torch.stack([torch.nn.functional.pad(first, (0, 1)), second]).to("cpu", torch.float64)
+        square = coefficients[1, used] - coefficients[1, :used].square().sum()
+        return coefficients[:, :used].sum(0), square.clamp_min(0.0).sqrt().item()
 
     def _rotate(self, direction: Tensor) -> None:
         """Turn W within its span so that its first column is the direction with these coordinates."""
@@ -155,10 +157,8 @@ class Krylov:
         self._rows[m : m + p] = householder.to(self._rows) @ self._rows[m : m + p]
         self._H[m:] = householder @ self._H[m:]
 
-    def _append(self, column: Tensor) -> None:
-        used = self._H.shape[0]
-        if used == self._rows.shape[0]:
-            rows = torch.empty(2 * used, self._rows.shape[1], dtype=self._rows.dtype, device=self._rows.device)
-            rows[:used] = self._rows
+    def _reserve(self, num_rows: int) -> None:
+        if num_rows > self._rows.shape[0]:
+            rows = torch.empty(2 * num_rows, self._rows.shape[1], dtype=self._rows.dtype, device=self._rows.device)
+            rows[: self._rows.shape[0]] = self._rows
             self._rows = rows
-        self._rows[used] = column

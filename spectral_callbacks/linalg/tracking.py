@@ -71,12 +71,13 @@ class Tracker:
         self._vectors = self._before = None
 
     def _starts(self, A: LinearOperator) -> list[Tensor]:
-        if self._vectors is None or self._vectors.shape[0] != A.shape[0] or self._vectors.device != A.device:
+        known = self._vectors
+        if known is None or (known.shape[0], known.dtype, known.device) != (A.shape[0], A.dtype, A.device):
             self.forget()
             return []
-        starts = list(self._vectors.unbind(dim=1))
+        starts = list(known.unbind(dim=1))
         if self._before is not None:
-            overlaps = A.gram(self._before, self._vectors[:, : self._before.shape[1]]).diagonal().tolist()
+            overlaps = A.gram(self._before, known[:, : self._before.shape[1]]).diagonal().tolist()
             for index, overlap in enumerate(overlaps):
                 if abs(overlap) > _ALIGNED:
                     before = self._before[:, index] if overlap > 0 else -self._before[:, index]

@@ -2,6 +2,7 @@
 
 from spectral_callbacks.probe.backends import explain as explain
 from spectral_callbacks.probe.backends import twice_differentiable as twice_differentiable
+from spectral_callbacks.probe.batches import copied as copied
 from spectral_callbacks.probe.batches import num_samples as num_samples
 from spectral_callbacks.probe.batches import tensors_of as tensors_of
 from spectral_callbacks.probe.isolation import Isolation as Isolation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,6 +23,21 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for field in dataclasses.fields(batch):
             yield from tensors_of(getattr(batch, field.name))
+
+
+def copied(batch: Any) -> Any:
+    """Return a deep copy, its tensors detached; of tensors that are views only the part in view is copied.
+
+    Example:
+        >>> import torch
+        >>> batch = {"x": torch.zeros(1), "labels": [2]}
+        >>> copied(batch).pop("labels").clear()
+        >>> _ = copied(batch)["x"].add_(1)
+        >>> batch
+        {'x': tensor([0.]), 'labels': [2]}
+    """
+    memo = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors_of(batch)}
+    return copy.deepcopy(batch, memo)
 
 
 def num_samples(batch: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from spectral_callbacks.probe.backends import twice_differentiable
+from spectral_callbacks.probe.backends import SubstitutedOperations, exact_backends
 from spectral_callbacks.probe.randomness import RandomState, seed_generators
 from spectral_callbacks.probe.state import ModuleState
 from spectral_callbacks.probe.writes import CopyOnWrite
@@ -29,20 +29,15 @@ class Isolation:
         self._module = module
         self._randomness = randomness
         self._state = ModuleState(module)
+        self._mode: Mode = "train"
+        self._gradients = [(p, p.grad) for p in module.parameters()]
 
-    def evaluate(
-        self,
-        closure: Callable[[], Tensor],
-        *,
-        seed: int | None,
-        protect: tuple[Tensor, ...] = (),
-    ) -> Tensor:  # ()
+    def evaluate(self, closure: Callable[[], Tensor], *, seed: int | None) -> Tensor:  # ()
         """Return what the closure returns, from the same buffers, attributes and random numbers at every call.
 
         Args:
             closure: Runs the module.
             seed: Seeds every global generator; None lets the closure draw what training draws next.
-            protect: More tensors that the closure must not change, for example its batch.
 
         Raises:
             RuntimeError: If the closure writes to a trainable parameter. The parameter is put back first.
@@ -52,26 +47,37 @@ class Isolation:
             self._randomness.restore()
         else:
             seed_generators(seed)
-        writes = CopyOnWrite([*self._module.parameters(), *self._state.tensors, *protect])
+        writes = CopyOnWrite([*self._module.parameters(), *self._state.tensors])
         try:
-            with torch.enable_grad(), writes:
+            with torch.enable_grad(), SubstitutedOperations(), writes:
                 loss = closure()
         finally:
             written = writes.written
             writes.restore()
             self._state.restore_attributes()
+            self.set_training(self._mode)
         self._refuse_moved_parameters(written)
         return loss
 
     def set_training(self, mode: Mode) -> None:
-        """Put every submodule into `eval` mode, or leave each in the mode that training uses."""
+        """Put every submodule into `eval` mode, or each into the mode that training uses."""
+        self._mode = mode
         if mode == "eval":
             self._state.set_training(False)
+        else:
+            self._state.restore_modes()
+
+    def hide_gradients(self) -> None:
+        """Take `.grad` away: a backward() inside a custom autograd function would add to it."""
+        for p, _ in self._gradients:
+            p.grad = None
 
     def restore(self) -> None:
-        """Bring modes, buffers and attributes back."""
+        """Bring modes, buffers, attributes and gradients back."""
         self._state.restore_modes()
         self._state.restore()
+        for p, gradient in self._gradients:
+            p.grad = gradient
 
     def _refuse_moved_parameters(self, written: set[int]) -> None:
         if not written:
@@ -95,8 +101,7 @@ def undisturbed(module: nn.Module, *, mode: Mode = "train") -> Iterator[Isolatio
 
     Restored on the way out, also after an exception: the global random generators (torch on the CPU and on every CUDA
     device, numpy, `random`), buffers, modes, Python attributes of every submodule (so that metric objects survive),
-    frozen parameters, and the backend switches of `twice_differentiable`. `.grad` is safe as long as gradients are
-    taken with `torch.autograd.grad`, as everything here does.
+    frozen parameters, `.grad` (None inside), and the backend switches of `twice_differentiable`.
 
     Args:
         module: The model in training, unwrapped.
@@ -119,8 +124,11 @@ def undisturbed(module: nn.Module, *, mode: Mode = "train") -> Iterator[Isolatio
     isolation = Isolation(module, randomness)
     try:
         isolation.set_training(mode)
-        with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
+        isolation.hide_gradients()
+        with torch.inference_mode(False), torch.enable_grad(), exact_backends():
             yield isolation
     finally:
-        isolation.restore()
-        randomness.restore()
+        try:
+            isolation.restore()
+        finally:
+            randomness.restore()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectral_callbacks.linalg import DiagonalCongruence, LinearOperator
 from spectral_callbacks.operators import Objective, ParameterSpace
-from spectral_callbacks.probe.batches import num_samples, tensors_of
+from spectral_callbacks.probe.batches import copied, num_samples
 from spectral_callbacks.probe.isolation import Isolation, Mode, undisturbed
 from spectral_callbacks.stability import Edge, edges
 
@@ -70,17 +70,15 @@ class Probe:
         self._seed = seed
         self._shared: dict[Any, Any] = {}
         self._stack = contextlib.ExitStack()
-        self._isolation: Isolation | None = None
 
     def __enter__(self) -> Self:
         """Isolate the module."""
-        self._isolation = self._stack.enter_context(undisturbed(self.module, mode=self._mode))
+        self._shared[Isolation] = self._stack.enter_context(undisturbed(self.module, mode=self._mode))
         return self
 
     def __exit__(self, *error: object) -> None:
         """Drop the graphs and give the module back."""
         self._shared.clear()
-        self._isolation = None
         self._stack.close()
 
     def with_generator(self, generator: torch.Generator) -> Self:
@@ -141,13 +139,12 @@ class Probe:
             batch: What the loss takes.
             seed: Of the random numbers drawn; None draws those that training draws next.
         """
-        if self._isolation is None:
+        isolation: Isolation | None = self._shared.get(Isolation)
+        if isolation is None:
             raise RuntimeError(
                 "the probe is closed; measure inside `with probe:`, which isolates the model from training."
             )
-        return self._isolation.evaluate(
-            lambda: self._loss(self.module, batch), seed=seed, protect=tuple(tensors_of(batch))
-        )
+        return isolation.evaluate(lambda: self._loss(self.module, copied(batch)), seed=seed)
 
     def _build_objective(self) -> Objective:
         losses = [

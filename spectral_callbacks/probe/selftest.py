@@ -25,7 +25,7 @@ def check_symmetry(
     *,
     generator: torch.Generator,
     noise: float | None = None,
-) -> None:
+) -> bool:
     """Raise unless uᵀA v = vᵀA u for two random vectors; two products if it holds.
 
     The difference is ‖A - Aᵀ‖_F times a standard normal number. Where it is not rounding, blocks of the matrix are
@@ -38,22 +38,32 @@ def check_symmetry(
         generator: Draws u and v.
         noise: Relative error that the products may have; by default a small multiple of the rounding error.
 
+    Returns:
+        Whether the products tell anything: not if they are zero, or not finite.
+
     Raises:
         WrongDerivativeError: If the products are not those of a symmetric matrix.
     """
     limit = _MARGIN * math.sqrt(torch.finfo(A.dtype).eps) if noise is None else noise
     X = torch.randn(space.size, 2, generator=generator, dtype=A.dtype, device=A.device)
-    defect = _asymmetry(A, X)
+    products = A.matmat(X)
+    defect = _asymmetry(A, X, products)
     if not defect > limit:
-        return
-    culprits: list[tuple[float, str]] = []
+        return math.isfinite(defect)
+    inside: list[tuple[float, str]] = []
+    across: list[tuple[float, str]] = []
     for name, places in _modules(space, module).items():
-        block = torch.zeros_like(X)
+        block, own_products = torch.zeros_like(X), torch.zeros_like(X)
         for place in places:
             block[place] = X[place]
-        culprits.append((_asymmetry(A, block), name))
-    guilty = [name for size, name in sorted(culprits, reverse=True) if size > limit]
-    where = f"in {', '.join(guilty[:_LISTED])}" if guilty else "between modules"
+        block_products = A.matmat(block)
+        for place in places:
+            own_products[place] = block_products[place]
+        inside.append((_asymmetry(A, block, own_products), name))
+        across.append((abs((A.gram(block, products)[0, 1] - A.gram(X, block_products)[1, 0]).item()), name))
+    guilty = [name for size, name in sorted(inside, reverse=True) if size > limit]
+    suspects = [name for _, name in sorted(across, reverse=True)]
+    where = f"in {', '.join(guilty[:_LISTED])}" if guilty else f"between {' and '.join(suspects[:2])}"
     raise WrongDerivativeError(
         f"the second derivative is wrong {where}: uᵀHv and vᵀHu differ by {defect:.1%} of ‖Hv‖, and a Hessian is "
         "symmetric. Some operation there has a wrong derivative, or its result is random; nothing is logged from it. "
@@ -102,11 +112,10 @@ def check_reached(unreached: tuple[str, ...], space: ParameterSpace) -> None:
         )
 
 
-def _asymmetry(A: LinearOperator, X: Tensor) -> float:
-    products = A.matmat(X) * (X != 0)  # a block of A where X is zero elsewhere
+def _asymmetry(A: LinearOperator, X: Tensor, products: Tensor) -> float:
     cross = A.gram(X, products)
     scale = A.gram(products, products).diagonal().sqrt().sum()
-    return ((cross[0, 1] - cross[1, 0]).abs() / scale).item() if scale > 0 else 0.0
+    return ((cross[0, 1] - cross[1, 0]).abs() / scale).item()
 
 
 def _modules(space: ParameterSpace, module: nn.Module) -> dict[str, list[slice]]:

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class CopyOnWrite(TorchDispatchMode):
     """While active, saves each given tensor just before an operation writes to it, also through `.data` or a view.
 
+    A tensor that is given other memory (`p.data = ...`) gets its own back.
+
     Version counters do not tell: writes through `.data`, the usual way to update a moving average of weights, leave
     them as they were. A kernel that writes without saying so in its schema (BatchNorm to its running statistics) is not
     seen.
@@ -26,19 +28,25 @@ class CopyOnWrite(TorchDispatchMode):
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        self._protected = {
-            t.untyped_storage().data_ptr() for t in tensors if t.layout == torch.strided and t.numel() > 0
-        }
+        self._memory = [(t, t.detach()) for t in tensors if t.layout == torch.strided and t.numel() > 0]
+        self._protected = {memory.untyped_storage().data_ptr() for _, memory in self._memory}
         self._saved: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     @property
     def written(self) -> set[int]:
         """Storage addresses of the protected tensors that were written to."""
-        return {target.untyped_storage().data_ptr() for target, _ in self._saved.values()}
+        moved = [memory for tensor, memory in self._memory if not _is_same_memory(tensor, memory)]
+        return {t.untyped_storage().data_ptr() for t in [*moved, *(target for target, _ in self._saved.values())]}
 
     def restore(self) -> None:
         """Undo the writes; version counters move, so a graph that needs the written values fails instead of lying."""
+        written = self.written
         with torch.no_grad():
+            for tensor, memory in self._memory:
+                if not _is_same_memory(tensor, memory):
+                    tensor.data = memory
+                if memory.untyped_storage().data_ptr() in written and not tensor.is_inference():
+                    torch.autograd.graph.increment_version(tensor)
             for target, copy in reversed(self._saved.values()):
                 target.copy_(copy)
         self._saved.clear()
@@ -49,11 +57,17 @@ class CopyOnWrite(TorchDispatchMode):
         for place, name in _written_arguments(func):
             argument = kwargs.get(name) if name in kwargs else (args[place] if place < len(args) else None)
             for target in argument if isinstance(argument, (list, tuple)) else [argument]:
-                if isinstance(target, Tensor) and target.untyped_storage().data_ptr() in self._protected:
+                if not isinstance(target, Tensor) or target.layout != torch.strided:
+                    continue
+                if target.untyped_storage().data_ptr() in self._protected:
                     region = (target.data_ptr(), target.shape, target.stride(), target.dtype)
                     if region not in self._saved:
                         self._saved[region] = (target.detach(), target.detach().clone())
         return func(*args, **kwargs)
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 @functools.cache

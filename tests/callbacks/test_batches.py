@@ -1,0 +1,355 @@
+"""Where the batches come from, and what of training that leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from spectral_callbacks.callbacks import Sharpness
+from spectral_callbacks.callbacks.batches import FixedBatches, second_train_loader
+from tests.callbacks.runs import Regression, Watch, fit, loader, plain_loss, samples, series, steps
+
+
+class Noting(Sharpness):
+    """Notes the batches that each probe was given."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(max_matvecs=1, rtol=0.5, **options)
+        self.seen: list[list[tuple[Tensor, int]]] = []
+
+    def measure(self, probe: Any) -> Any:
+        self.seen.append([(frozen.batch[0].clone(), frozen.batch_idx) for frozen in probe.batches])
+        return {"sharpness/lambda_max": probe.loss()}
+
+
+def indices(seen: list[tuple[Tensor, int]], data: DataLoader[Any]) -> list[int]:
+    """Return which batches of an unshuffled loader these are."""
+    known = [x for x, _ in data]
+    return [next(i for i, x in enumerate(known) if torch.equal(x, batch)) for batch, _ in seen]
+
+
+def test_fixed_batches_are_the_first_and_stay() -> None:
+    callback, data = Noting(every_n_steps=1), loader()
+    fit(Regression(), callback, data=data, max_epochs=2)
+    assert [indices(seen, data) for seen in callback.seen] == [[0]] * 8
+
+
+def test_measuring_waits_until_all_fixed_batches_have_passed() -> None:
+    callback, data = Noting(every_n_steps=4, num_batches=3), loader(64)
+    fit(Regression(), callback, data=data)
+    assert steps(callback) == [2, 4]
+    assert [indices(seen, data) for seen in callback.seen] == [[0, 1, 2]] * 2
+
+
+def test_the_default_budget_waits_for_them_too() -> None:
+    callback = Noting(num_batches=3, max_overhead=0.999)
+    fit(Regression(), callback)
+    assert steps(callback)[0] == 2
+
+
+def test_fewer_batches_than_asked_for_are_never_measured() -> None:
+    callback = Noting(every_n_steps=1, num_batches=5)
+    fit(Regression(), callback)
+    assert not callback.history
+
+
+def test_callbacks_that_want_different_numbers_share_the_first_ones() -> None:
+    few, many = Noting(every_n_steps=1), Noting(every_n_steps=1, num_batches=2, name="two")
+    data = loader()
+    fit(Regression(), few, many, data=data)
+    assert steps(few) == [0, 1, 2, 3]
+    assert steps(many) == [1, 2, 3]
+    assert indices(many.seen[0], data) == [0, 1]
+
+
+def test_the_current_batch_is_the_one_about_to_be_used() -> None:
+    callback, data = Noting(every_n_steps=1, data="current"), loader()
+    fit(Regression(), callback, data=data)
+    assert [indices(seen, data) for seen in callback.seen] == [[0], [1], [2], [3]]
+
+
+def test_at_an_epochs_end_the_current_batch_is_the_last_one() -> None:
+    callback, data = Noting(every_n_epochs=1, data="current"), loader()
+    fit(Regression(), callback, data=data)
+    assert [indices(seen, data) for seen in callback.seen] == [[0], [3]]
+
+
+def test_a_loader_of_ones_own_is_read_once_for_as_many_batches_as_asked_for() -> None:
+    reads: list[int] = []
+
+    class Counted(Dataset[Any]):
+        def __len__(self) -> int:
+            return 100
+
+        def __getitem__(self, index: int) -> Any:
+            reads.append(index)
+            return torch.full((3,), float(index)), torch.zeros(2)
+
+    callback = Noting(every_n_steps=1, data=DataLoader(Counted(), batch_size=4), num_batches=2)
+    fit(Regression(), callback)
+    assert len(callback.seen) == 4
+    assert [x[:, 0].tolist() for x, _ in callback.seen[-1]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(reads) <= 12
+
+
+def test_a_loader_shorter_than_asked_for_gives_what_it_has() -> None:
+    callback = Noting(every_n_steps=1, data=loader(8), num_batches=3)
+    fit(Regression(), callback)
+    assert [len(seen) for seen in callback.seen] == [1] * 4
+
+
+def test_an_empty_loader_is_reported_once_and_training_goes_on() -> None:
+    callback = Noting(every_n_steps=1, data=DataLoader(TensorDataset(torch.zeros(0, 3), torch.zeros(0, 2))))
+    with pytest.warns(UserWarning, match="the loader given as data= has no batch") as warned:
+        trainer = fit(Regression(), callback)
+    assert len(warned) == 1
+    assert trainer.global_step == 4
+
+
+def test_train_batches_come_from_the_training_set_in_an_order_of_their_own() -> None:
+    callbacks = [Noting(every_n_steps=2, data="train", num_batches=2, seed=s, name=f"s{i}") for i, s in enumerate((0, 0, 1))]
+    fit(Regression(), *callbacks)
+    known = samples().tensors[0]
+    for callback in callbacks:
+        assert len(callback.seen) == 2
+        for x, _ in callback.seen[0]:
+            assert all((known == row).all(1).any() for row in x)
+        for first, second in zip(*callback.seen, strict=True):
+            assert torch.equal(first[0], second[0])
+    same, again, other = (callback.seen[0][0][0] for callback in callbacks)
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+
+
+class Batches(Dataset[Any]):
+    """Ready batches."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = list(batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batches[index]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter([(torch.ones(3), torch.ones(2))] * 8)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [DataLoader(Stream(), batch_size=4), Batches(loader()), DataLoader(Batches(loader()), batch_size=None)],
+    ids=["stream", "no loader", "no batch size"],
+)
+def test_a_training_set_that_cannot_be_read_twice_is_reported_once(data: Any) -> None:
+    callback = Noting(every_n_steps=1, data="train")
+    with pytest.warns(UserWarning, match=r"data='train' needs a .*pass a DataLoader of your own as data=") as warned:
+        fit(Regression(), callback, data=data)
+    assert len(warned) == 1
+    assert [entry["sharpness/status"] for entry in callback.history] == [2]
+
+
+class Augmented(Dataset[Any]):
+    """A training set that draws random numbers, from the global generators and from its own."""
+
+    def __init__(self) -> None:
+        self.own = np.random.default_rng(0)
+        self.x, self.y = samples().tensors
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.x[index] + 0.1 * torch.randn(3) + 0.1 * self.own.random() + 0.1 * np.random.rand(), self.y[index]
+
+
+MODES: list[Any] = ["fixed", "current", "train", "own"]
+
+
+def trained(data: DataLoader[Any], *callbacks: pl.Callback) -> list[Any]:
+    """Return the batches of three epochs, and the final weights."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    module = Regression()
+    seen: list[Any] = []
+    watch = Watch(lambda trainer, module, batch: seen.append(batch[0].clone()))
+    fit(module, *callbacks, watch, data=data, max_epochs=3)
+    generator = data.generator
+    return [*seen, *module.parameters(), torch.get_rng_state(), *([generator.get_state()] if generator else [])]
+
+
+def make_loader(kind: str) -> DataLoader[Any]:
+    if kind == "augmented":
+        return DataLoader(Augmented(), batch_size=8, shuffle=True)
+    if kind == "generator":
+        return loader(shuffle=True, generator=torch.Generator().manual_seed(7))
+    if kind == "persistent workers":
+        return loader(shuffle=True, num_workers=1, persistent_workers=True)
+    return loader(shuffle=True)
+
+
+@pytest.mark.parametrize("data", MODES)
+@pytest.mark.parametrize("kind", ["plain", "generator", "augmented", "persistent workers"])
+def test_training_sees_the_batches_it_would_have_seen(kind: str, data: Any) -> None:
+    own = loader(shuffle=True) if data == "own" else data
+    callback = Sharpness(every_n_steps=1, data=own, num_batches=1)
+    plain, measured = trained(make_loader(kind)), trained(make_loader(kind), callback)
+    assert len(callback.history) == 12
+    for a, b in zip(plain, measured, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_training_loader_given_as_data_is_refused_because_reading_it_would_restart_the_epoch() -> None:
+    data = loader(shuffle=True, num_workers=1, persistent_workers=True)
+    callback = Sharpness(every_n_steps=1, data=data)
+    with pytest.warns(UserWarning, match="is the one that training reads"):
+        measured = trained(data, callback)
+    plain = trained(make_loader("persistent workers"))
+    for a, b in zip(plain, measured, strict=True):
+        assert torch.equal(a, b)
+
+
+class CopyingRegression(Regression):
+    """Trains on inference tensors as one has to: on a copy."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return super().training_step((x.clone(), y), batch_idx)
+
+
+@pytest.mark.parametrize("data", ["fixed", "current"])
+@pytest.mark.parametrize("loss", [None, plain_loss])
+def test_batches_made_in_inference_mode_are_measured(data: Any, loss: Any) -> None:
+    callback = Sharpness(every_n_steps=1, data=data, loss=loss, on_error="raise")
+    with torch.inference_mode():
+        batches = Batches((x * 2, y) for x, y in loader())
+    assert batches[0][0].is_inference()
+    fit(CopyingRegression(), callback, data=batches)
+    assert series(callback, "sharpness/status") == [0] * 4
+
+
+def test_ragged_batches_weigh_as_many_as_they_hold() -> None:
+    data = loader(13, batch_size=8)
+    callback = Noting(every_n_steps=1, num_batches=2, loss=plain_loss)
+    module = Regression()
+    expected: list[float] = []
+
+    def see(trainer: pl.Trainer, module: Any, batch: Any) -> None:
+        x, y = samples(13).tensors
+        expected.append(module.loss((x, y)).item())
+
+    fit(module, callback, Watch(see), data=data)
+    assert steps(callback) == [1]
+    assert series(callback, "sharpness/lambda_max")[0] == pytest.approx(expected[1], rel=1e-6)
+
+
+class Spoiling(Regression):
+    """Writes to its batch, and takes it apart."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch.pop("x"), batch.pop("y")
+        return super().training_step((x.sub_(1.0).div_(2.0), y.mul_(0.5)), batch_idx)
+
+
+class Dicts(Dataset[Any]):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = samples()[index]
+        return {"x": x, "y": y}
+
+
+@pytest.mark.parametrize("data", ["fixed", "current"])
+def test_a_training_step_may_spoil_its_batch(data: Any) -> None:
+    finals = []
+    for callbacks in ([], [Sharpness(every_n_steps=1, data=data)]):
+        torch.manual_seed(0)
+        module = Spoiling()
+        fit(module, *callbacks, data=DataLoader(Dicts(), batch_size=8))
+        finals.append(torch.cat([p.flatten() for p in module.parameters()]))
+        for callback in callbacks:
+            assert series(callback, "sharpness/status") == [0] * 4
+    assert torch.equal(*finals)
+
+
+def test_transfer_hooks_are_applied_to_a_loader_of_ones_own() -> None:
+    class Hooked(Regression):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            x, y = batch
+            return x * 10, y
+
+    callback = Noting(every_n_steps=1, data=loader())
+    fit(Hooked(), callback)
+    assert torch.equal(callback.seen[0][0][0], samples().tensors[0][:8] * 10)
+
+
+def test_the_batch_index_is_the_one_that_training_had() -> None:
+    callback = Noting(every_n_steps=4, num_batches=3)
+    fit(Regression(), callback)
+    assert [index for _, index in callback.seen[0]] == [0, 1, 2]
+
+
+class TestFixedBatchesInACheckpoint:
+    def kept(self, *batches: Any) -> FixedBatches:
+        fixed = FixedBatches(len(batches))
+        for index, batch in enumerate(batches):
+            assert not fixed.is_complete
+            fixed.see(batch, index)
+        assert fixed.is_complete
+        return fixed
+
+    def test_they_come_back_as_they_were(self) -> None:
+        batch = {"x": torch.ones(3), "n": [1, "a", (2.0, None, True)]}
+        resumed = FixedBatches(1)
+        resumed.load_state_dict(self.kept(batch).state_dict())
+        frozen = resumed.take(1)
+        assert frozen is not None
+        assert repr(frozen[0].batch) == repr(batch)
+        assert not resumed.lost_on_resume
+
+    @pytest.mark.parametrize("num_bytes", [2**24, 2**24 + 4])
+    def test_up_to_16_mib(self, num_bytes: int) -> None:
+        fixed = self.kept(torch.zeros(num_bytes // 8), torch.zeros(num_bytes // 4 - num_bytes // 8))
+        state = fixed.state_dict()
+        assert (state["batches"] is not None) == (num_bytes == 2**24)
+        resumed = FixedBatches(2)
+        resumed.load_state_dict(state)
+        assert resumed.lost_on_resume == (num_bytes > 2**24)
+        assert resumed.is_complete == (num_bytes == 2**24)
+
+    def test_only_in_plain_containers(self) -> None:
+        class Own(dict[str, Tensor]):
+            pass
+
+        assert self.kept(Own(x=torch.ones(1))).state_dict() == {"batches": None}
+
+    def test_later_writes_to_the_batch_do_not_reach_the_copy(self) -> None:
+        batch = [torch.ones(2)]
+        fixed = self.kept(batch)
+        batch[0].zero_()
+        frozen = fixed.take(1)
+        assert frozen is not None
+        assert torch.equal(frozen[0].batch[0], torch.ones(2))
+
+
+def test_the_second_loader_keeps_collation_and_size_and_takes_no_workers() -> None:
+    data = loader(batch_size=4, num_workers=2, drop_last=True)
+    trainer = fit(Regression(), data=loader(batch_size=4), max_epochs=0)
+    trainer.fit_loop._data_source.instance = data
+    trainer.fit_loop._combined_loader = None
+    trainer.fit_loop.setup_data()
+    second = second_train_loader(trainer, seed=0)
+    assert second.batch_size == 4
+    assert second.num_workers == 0
+    assert second.collate_fn is data.collate_fn

@@ -1,0 +1,198 @@
+"""What every linear operator of the package promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectral_callbacks
+from spectral_callbacks.linalg import DiagonalCongruence, LinearOperator, Matrix
+from spectral_callbacks.operators import Hessian, Objective, ParameterSpace
+from tests import oracles, problems
+
+FLOATS = (torch.float32, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An operator, the same matrix from an oracle, and what it must leave alone."""
+
+    operator: LinearOperator
+    dense: Tensor  # float64
+    symmetric: bool = True
+    parameters: tuple[nn.Parameter, ...] = ()
+
+
+def _matrix(dtype: torch.dtype) -> Case:
+    B = torch.randn(7, 4, dtype=torch.float64)
+    return Case(Matrix(B.to(dtype)), B.to(dtype).double(), symmetric=False)
+
+
+def _symmetric_matrix(dtype: torch.dtype) -> Case:
+    A = problems.symmetric(problems.SPECTRA["indefinite"]).to(dtype)
+    return Case(Matrix(A), A.double())
+
+
+def _congruence(dtype: torch.dtype) -> Case:
+    A = problems.symmetric(problems.SPECTRA["indefinite"])
+    scale, shift = torch.randn(2, len(A), dtype=torch.float64)
+    operator = DiagonalCongruence(Matrix(A.to(dtype)), scale=scale.to(dtype), shift=shift.to(dtype))
+    return Case(operator, scale[:, None] * A * scale + torch.diag(shift))
+
+
+def _hessian(dtype: torch.dtype, *, keep_graphs: bool = True) -> Case:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    both = nn.ModuleDict({"module": module, "unused": nn.ParameterList([unused])})
+    X = torch.randn(6, 3, dtype=torch.float64)
+    weights = (2 / 3, 1 / 3)
+
+    def losses() -> list[Callable[[], Tensor]]:
+        return [lambda batch=batch: module(batch.to(dtype_now())).square().sin().mean() for batch in X.split([4, 2])]
+
+    def dtype_now() -> torch.dtype:
+        return next(module.parameters()).dtype
+
+    def full() -> Tensor:
+        return torch.stack([w * loss() for w, loss in zip(weights, losses(), strict=True)]).sum()
+
+    dense = oracles.dense_hessian(full, list(both.parameters()))
+    both.to(dtype)
+    objective = Objective(ParameterSpace(both), losses(), weights, keep_graphs=keep_graphs)
+    return Case(Hessian(objective), dense, parameters=tuple(both.parameters()))
+
+
+OPERATORS: dict[str, tuple[type[LinearOperator], Callable[[torch.dtype], Case]]] = {
+    "Matrix": (Matrix, _matrix),
+    "Matrix, symmetric": (Matrix, _symmetric_matrix),
+    "DiagonalCongruence": (DiagonalCongruence, _congruence),
+    "Hessian": (Hessian, _hessian),
+    "Hessian, graphs not kept": (Hessian, lambda dtype: _hessian(dtype, keep_graphs=False)),
+}
+
+
+def _broken_promises(case: Case, dtype: torch.dtype) -> list[str]:
+    """Of an operator as a linear map; `dtype` is that of its vectors."""
+    A, (m, n) = case.operator, case.operator.shape
+    X, Y = torch.randn(2, n, 3, dtype=dtype)
+    tolerance = 50 * torch.finfo(dtype).eps * case.dense.abs().sum(dim=1).max().item()
+    X_before, AX = X.clone(), A.matmat(X)
+    one_by_one = torch.cat([A.matmat(x[:, None]) for x in X.unbind(dim=1)], dim=1)
+
+    def close(first: Tensor, second: Tensor) -> bool:
+        return first.shape == second.shape and bool(((first.double() - second.double()).abs() <= tolerance).all())
+
+    promises = {
+        "shape": lambda: AX.shape == (m, 3) and case.dense.shape == (m, n),
+        "dtype": lambda: AX.dtype == A.dtype == dtype,
+        "device": lambda: AX.device == A.device == X.device,
+        "no graph": lambda: not AX.requires_grad,
+        "argument left alone": lambda: torch.equal(X, X_before),
+        "repeatable": lambda: torch.equal(AX, A.matmat(X)),
+        "linear": lambda: close(A.matmat(2 * X - 3 * Y), 2 * AX - 3 * A.matmat(Y)),
+        "zero": lambda: not A.matmat(torch.zeros_like(X)).any(),
+        "block is its columns": lambda: close(AX, one_by_one),
+        "equals the oracle": lambda: close(A.to_dense(), case.dense),
+        "any layout": lambda: close(A.matmat(X.mT.contiguous().mT), AX) and close(A.matmat(X[:, ::2]), AX[:, ::2]),
+        "no column": lambda: A.matmat(X[:, :0]).shape == (m, 0),
+        "symmetric": lambda: not case.symmetric or close(A.gram(Y, AX) / n, A.gram(A.matmat(Y), X) / n),
+        "gram": lambda: close(A.gram(X, Y), X.mT @ Y),
+    }
+
+    def kept(promise: Callable[[], bool]) -> bool:
+        try:
+            return promise()
+        except RuntimeError:
+            return False
+
+    return [name for name, promise in promises.items() if not kept(promise)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_keeps_its_promises(name: str, dtype: torch.dtype) -> None:
+    kind, build = OPERATORS[name]
+    case = build(dtype)
+    assert type(case.operator) is kind
+    assert not _broken_promises(case, dtype)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_products_touch_neither_gradients_nor_global_random_numbers(name: str) -> None:
+    case = OPERATORS[name][1](torch.float32)
+    given = [torch.full_like(p, 7.0) for p in case.parameters]
+    values = [p.detach().clone() for p in case.parameters]
+    for p, g in zip(case.parameters, given, strict=True):
+        p.grad = g
+    before = oracles.global_random_state()
+    case.operator.matmat(torch.ones(case.operator.shape[1], 2))
+    assert oracles.global_random_state() == before
+    for p, g, value in zip(case.parameters, given, values, strict=True):
+        assert p.grad is g
+        assert (g == 7).all()
+        assert torch.equal(p, value)
+        assert p.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("broken", "promise"),
+    [
+        (lambda A, X: A @ X + 1e-3, "linear"),
+        (lambda A, X: A @ X.abs(), "linear"),
+        (lambda A, X: A @ X + 1e-6, "zero"),
+        (lambda A, X: A @ X + X.flip(1) * (X.shape[1] > 1), "block is its columns"),
+        (lambda A, X: 1.0001 * (A @ X), "equals the oracle"),
+        (lambda A, X: A.triu() @ X, "symmetric"),
+        (lambda A, X: (A @ X).float(), "dtype"),
+        (lambda A, X: A.clone().requires_grad_() @ X, "no graph"),
+        (lambda A, X: A @ X.mul_(2) / 2, "argument left alone"),
+        (lambda A, X: A @ X + 1e-3 * torch.rand(1, dtype=X.dtype), "repeatable"),
+        (lambda A, X: (A @ X)[:-1], "shape"),
+    ],
+)
+def test_the_promises_see_a_planted_error(broken: Callable[[Tensor, Tensor], Tensor], promise: str) -> None:
+    class Planted(Matrix):
+        def matmat(self, X: Tensor) -> Tensor:
+            return broken(A, X)
+
+    A = problems.symmetric(problems.SPECTRA["indefinite"])
+    assert not _broken_promises(Case(Matrix(A), A), torch.float64)
+    assert promise in _broken_promises(Case(Planted(A), A), torch.float64)
+
+
+def _operators_of(package: str, classes: Iterable[type[LinearOperator]]) -> set[type[LinearOperator]]:
+    """Those that are defined in a package and can be built."""
+    return {kind for kind in classes if kind.__module__.split(".")[0] == package and not inspect.isabstract(kind)}
+
+
+def _subclasses(kind: type[LinearOperator]) -> set[type[LinearOperator]]:
+    return {kind}.union(*(_subclasses(child) for child in kind.__subclasses__()))
+
+
+def _unregistered(classes: Iterable[type[LinearOperator]]) -> set[str]:
+    registered = {kind for kind, _ in OPERATORS.values()}
+    return {kind.__qualname__ for kind in _operators_of("spectral_callbacks", classes) - registered}
+
+
+def test_every_operator_of_the_package_is_held_to_the_contract() -> None:
+    for module in pkgutil.walk_packages(spectral_callbacks.__path__, "spectral_callbacks."):
+        importlib.import_module(module.name)
+    assert not _unregistered(_subclasses(LinearOperator))
+
+
+def test_an_operator_without_an_entry_is_noticed() -> None:
+    class Planted(Matrix):
+        pass
+
+    Planted.__module__ = "spectral_callbacks.operators.planted"
+    assert {name.split(".")[-1] for name in _unregistered([Matrix, Planted])} == {"Planted"}
+    Planted.__module__ = __name__
+    assert Planted in _subclasses(LinearOperator)
+    assert not _unregistered([Matrix, Planted])
