@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from spectral_callbacks.probe import copied, seed_generators, tensors_of
+from spectral_callbacks.probe import copied, seed_generators, tensors_of, undisturbed
 
 Data = Literal["fixed", "current", "train"] | DataLoader[Any]
 _CHECKPOINT_LIMIT = 2**24  # bytes of fixed batches that a checkpoint carries
@@ -73,9 +74,7 @@ def batches_of_loader(trainer: pl.Trainer, loader: Iterable[Any], num_batches: i
         ValueError: If the loader has none.
     """
     batches: list[FrozenBatch] = []
-    for batch_idx, batch in enumerate(loader):
-        if batch_idx == num_batches:
-            break
+    for batch_idx, batch in enumerate(itertools.islice(loader, num_batches)):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -95,9 +94,10 @@ def second_train_loader(trainer: pl.Trainer, seed: int) -> DataLoader[Any]:
     """
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        source = loader.dataset if isinstance(loader, DataLoader) else loader
         raise ValueError(
-            f"data='train' needs a torch DataLoader over a map-style dataset, and training uses "
-            f"{type(loader).__name__}; pass a DataLoader of your own as data=, or use data='fixed'."
+            f"data='train' needs a torch DataLoader over a map-style dataset, and training reads a "
+            f"{type(source).__name__}; pass a DataLoader of your own as data=, or use data='fixed'."
         )
     if loader.batch_size is None:
         raise ValueError("data='train' needs a loader with a batch_size; pass a DataLoader of your own as data=.")
@@ -111,10 +111,23 @@ def second_train_loader(trainer: pl.Trainer, seed: int) -> DataLoader[Any]:
 
 
 def load_batches(trainer: pl.Trainer, data: Data, num_batches: int, seed: int) -> list[FrozenBatch]:
-    """Return batches of a second loader; call it where the global generators are restored afterwards."""
-    seed_generators(seed)
-    loader = second_train_loader(trainer, seed) if data == "train" else data
-    return batches_of_loader(trainer, loader, num_batches)
+    """Return batches of a second loader, and leave training's own as it is, random numbers of its data set included.
+
+    Raises:
+        ValueError: If the data cannot be read without disturbing training.
+    """
+    training = trainer.train_dataloader
+    if data is training and training.persistent_workers:
+        raise ValueError(
+            "the loader given as data= is the one that training reads, and its persistent_workers would start the "
+            "epoch over; pass a second DataLoader, or data='train'."
+        )
+    loaders = [loader for loader in (training, data) if isinstance(loader, DataLoader)]
+    datamodules = [] if trainer.datamodule is None else [trainer.datamodule]
+    with undisturbed(trainer.lightning_module, also=[*loaders, *datamodules]):
+        seed_generators(seed)
+        loader = second_train_loader(trainer, seed) if data == "train" else data
+        return batches_of_loader(trainer, loader, num_batches)
 
 
 def _is_plain(value: Any) -> bool:

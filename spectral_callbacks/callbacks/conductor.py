@@ -25,7 +25,6 @@ from spectral_callbacks.probe import (
     check_reached,
     check_symmetry,
     explain,
-    undisturbed,
     unreached_parameters,
 )
 from spectral_callbacks.tags import COST_OVERHEAD, rename
@@ -161,7 +160,7 @@ class Conductor:
         groups: dict[tuple[Any, ...], list[SpectralCallback]] = {}
         for c in due:
             data = c.data if isinstance(c.data, str) else id(c.data)
-            groups.setdefault((data, c.num_batches, c.mode, c.loss, c.precision, c.optimizer), []).append(c)
+            groups.setdefault((data, c.num_batches, c.mode, c.loss, c.precision, c.optimizer, c.seed), []).append(c)
         readings: dict[SpectralCallback, Mapping[str, float]] = {}
         began = _clock(trainer)
         once = 0.0
@@ -255,10 +254,10 @@ class Conductor:
         elif callback.data == "fixed":
             batches = self._fixed.take(callback.num_batches)
         else:
-            key = (callback.data if isinstance(callback.data, str) else id(callback.data), callback.num_batches)
+            data = callback.data if isinstance(callback.data, str) else id(callback.data)
+            key = (data, callback.num_batches, callback.seed)
             if key not in self._loaded:
-                with undisturbed(module):
-                    self._loaded[key] = load_batches(trainer, callback.data, callback.num_batches, callback.seed)
+                self._loaded[key] = load_batches(trainer, callback.data, callback.num_batches, callback.seed)
             batches = self._loaded[key]
         if batches is None:
             return None

@@ -9,7 +9,7 @@ from spectral_callbacks.linalg.eigsh import Search, Which, check_search
 from spectral_callbacks.linalg.operator import LinearOperator
 from spectral_callbacks.linalg.result import Eigenpairs, Status
 
-_COLD_EVERY = 10  # searches
+_LOOK_EVERY = 10  # searches
 _COMPANIONS = 2  # eigenvectors kept beyond those asked for
 _LEAD = 0.5  # step of the extrapolation, in units of the last change; 0.3 to 0.8 cost the same
 _ALIGNED = 0.7  # overlap below which two searches did not find the same eigenvector
@@ -20,8 +20,8 @@ class Tracker:
     """`eigsh` again and again, each time from where the last search ended.
 
     A search starts from the last eigenvectors, each moved on by half its last change, and from up to two more whose
-    eigenvalues are within 20 % and could overtake. Every tenth search also looks on from a random vector, so that a
-    direction none of them has a part in cannot stay hidden.
+    eigenvalues are within 20 % and could overtake. The first and then every tenth search also look on from a random
+    vector, so that a direction none of them has a part in cannot stay hidden.
 
     Args:
         k: Number of pairs.
@@ -61,8 +61,7 @@ class Tracker:
         )  # fmt: skip
         starts = self._starts(A)
         self._num_warm = self._num_warm + 1 if starts else 0
-        cold = self._num_warm % _COLD_EVERY == _COLD_EVERY - 1
-        pairs = search.run(starts, look=self._k > 1 or cold)
+        pairs = search.run(starts, look=self._k > 1 or self._num_warm % _LOOK_EVERY == 0)
         self._keep(search, pairs)
         return pairs
 

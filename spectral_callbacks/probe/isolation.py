@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -23,12 +23,13 @@ class Isolation:
     Args:
         module: Whose state is protected.
         randomness: The state of the random generators that training will go on with.
+        also: Other objects whose state is protected.
     """
 
-    def __init__(self, module: nn.Module, randomness: RandomState) -> None:
+    def __init__(self, module: nn.Module, randomness: RandomState, also: Iterable[object] = ()) -> None:
         self._module = module
         self._randomness = randomness
-        self._state = ModuleState(module)
+        self._state = ModuleState(module, also)
         self._mode: Mode = "train"
         self._gradients = [(p, p.grad) for p in module.parameters()]
 
@@ -96,7 +97,7 @@ class Isolation:
 
 
 @contextlib.contextmanager
-def undisturbed(module: nn.Module, *, mode: Mode = "train") -> Iterator[Isolation]:
+def undisturbed(module: nn.Module, *, mode: Mode = "train", also: Iterable[object] = ()) -> Iterator[Isolation]:
     """Isolate what happens inside from training, bit for bit.
 
     Restored on the way out, also after an exception: the global random generators (torch on the CPU and on every CUDA
@@ -106,6 +107,7 @@ def undisturbed(module: nn.Module, *, mode: Mode = "train") -> Iterator[Isolatio
     Args:
         module: The model in training, unwrapped.
         mode: "train" leaves every submodule in the mode training has it in; "eval" switches all of them.
+        also: Other objects whose attributes are restored, for example a data loader.
 
     Yields:
         The isolation, whose `evaluate` runs a closure from one and the same state each time.
@@ -121,7 +123,7 @@ def undisturbed(module: nn.Module, *, mode: Mode = "train") -> Iterator[Isolatio
         (0, True)
     """
     randomness = RandomState.capture()
-    isolation = Isolation(module, randomness)
+    isolation = Isolation(module, randomness, also)
     try:
         isolation.set_training(mode)
         isolation.hide_gradients()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 
 _SEPARATE = ("training", "_buffers")  # a module's attributes with a snapshot of their own
 _UNSET = object()
@@ -56,9 +57,10 @@ class ModuleState:
 
     Args:
         module: The root.
+        also: Other objects whose state is kept, for example a data set with random numbers of its own.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, also: Iterable[object] = ()) -> None:
         self.tensors: list[Tensor] = []
         self._undo: list[Callable[[], None]] = []
         self._buffers: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
@@ -66,6 +68,8 @@ class ModuleState:
         self._originals: dict[int, tuple[Tensor, Tensor]] = {}
         self._seen: set[int] = set()
         self._pending: list[Any] = [module]
+        for value in also:
+            self._visit_object(value)
         while self._pending:
             self._visit(self._pending.pop())
 
@@ -146,7 +150,7 @@ class ModuleState:
                 self._undo.append(_array_restorer(value))
         elif isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
             self._undo.append(_generator_restorer(value))
-        elif kind.__module__.partition(".")[0] not in _FOREIGN:
+        elif isinstance(value, (Dataset, Sampler)) or kind.__module__.partition(".")[0] not in _FOREIGN:
             self._visit_object(value)
 
     def _visit_object(self, value: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -100,5 +102,12 @@ class Watch(pl.Callback):
     def __init__(self, see: Callable[[pl.Trainer, pl.LightningModule, Any], None]) -> None:
         self.see = see
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.see(trainer, pl_module, batch)
+
+
+def complaints(warned: Iterable[warnings.WarningMessage]) -> list[str]:
+    """Return what spectral callbacks said, without Lightning's own warnings."""
+    return [str(w.message) for w in warned if re.match(r"\w+\('[\w/.-]+'\): ", str(w.message))]

@@ -116,15 +116,26 @@ def test_what_comes_once_is_paid_back_but_not_expected_again(clock: Clock) -> No
     assert budget.affords(0.1)
 
 
-def test_the_dearest_of_the_last_five_is_expected(clock: Clock) -> None:
+def test_the_dearest_of_the_last_three_is_expected(clock: Clock) -> None:
     budget = Budget()
     budget.start()
-    for cost in (50.0, 1.0, 1.0, 1.0, 1.0):
+    for cost in (50.0, 1.0, 1.0):
         budget.pay_measurement(cost)
     clock.now += 900.0
     assert not budget.affords(0.1)
     budget.pay_measurement(1.0)
+    clock.now += 10.0
     assert budget.affords(0.1)
+
+
+def test_what_a_quiet_time_leaves_over_is_not_spent_in_a_burst(clock: Clock) -> None:
+    budget = Budget()
+    budget.start()
+    budget.pay_measurement(1.0)
+    clock.now += 1000.0
+    measured = simulate(clock, budget, share=0.1, step=1.0, cost=1.0, num_steps=50)
+    assert measured[0] == 0
+    assert min(b - a for a, b in zip(measured, measured[1:], strict=False)) >= 9
 
 
 def test_time_before_the_start_and_after_the_stop_does_not_count(clock: Clock) -> None:

@@ -121,8 +121,6 @@ def is_told(module: nn.Module, seed: int = 0) -> bool:
         return check_symmetry(probe.operator(Hessian), probe.space, module, generator=generator)
 
 
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", SOUND)
 def test_a_sound_network_passes(kind: str, seed: int) -> None:
@@ -277,7 +275,9 @@ def test_training_that_reaches_more_than_the_probe_is_an_error_naming_the_module
     names, space = unreached_in(module)
     check_reached(names, space)
     module(torch.ones(2, 3)).sum().backward()
-    with pytest.raises(WrongDerivativeError, match=r"second\.0\.weight, second\.0\.bias, .* curvature of second\.0 would"):
+    with pytest.raises(
+        WrongDerivativeError, match=r"second\.0\.weight, second\.0\.bias, .* curvature of second\.0 would"
+    ):
         check_reached(names, space)
 
 

@@ -97,7 +97,11 @@ CONTENTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any
     "object array": (lambda: np.array([None, "a"], dtype=object), lambda v: v.__setitem__(0, 1), lambda v: list(v)),
     "plain object": (AverageMeter, lambda v: v.update(2.0), lambda v: (v.total, v.count, list(v.seen))),
     "object in a list": (lambda: [AverageMeter()], lambda v: v[0].update(2.0), lambda v: (v[0].count, list(v[0].seen))),
-    "object in a tuple": (lambda: (AverageMeter(),), lambda v: v[0].update(2.0), lambda v: (v[0].count, list(v[0].seen))),
+    "object in a tuple": (
+        lambda: (AverageMeter(),),
+        lambda v: v[0].update(2.0),
+        lambda v: (v[0].count, list(v[0].seen)),
+    ),
     "dataclass": (
         lambda: Nested(AverageMeter(), {"a": [1]}),
         change_nested,
