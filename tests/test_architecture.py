@@ -41,6 +41,10 @@ MAY_USE: dict[str, set[str]] = {
 }
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "tools", "shared", "stuff", "core"}
 MAX_LINES = 300
+KNOBS_OF_OTHERS = (
+    f"{PACKAGE}.demo",  # models have hyper-parameters of their own
+    f"{PACKAGE}.probe.compositions",  # stand in for torch's functions, and take their arguments
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +163,7 @@ def _defaults(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
 def _knobs_of_two_defaults(sources: Iterable[Source]) -> dict[str, dict[str, list[str]]]:
     seen: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for source in sources:
-        if source.layer == "demo":  # its models have hyper-parameters of their own
+        if source.name.startswith(KNOBS_OF_OTHERS):
             continue
         for name, function in _public_functions(source.tree.body, source.name):
             for knob, default in _defaults(function):

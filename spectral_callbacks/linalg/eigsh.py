@@ -15,7 +15,8 @@ from spectral_callbacks.linalg.result import Eigenpairs, Status
 Which = Literal["LA", "SA", "BE"]
 
 _SMALL = 0.01  # eigenvalues below this share of ‖A‖ are sought as if they were as large
-_NEXT = 0.05  # residual, relative to the wanted ones, at which the eigenpairs next to them count as seen
+_NEXT = 0.05  # residual, relative to the wanted ones, at which the eigenpairs next to them count as seen ...
+_NEXT_LOOSENESS = 15.0  # ... or so many times rtol, where that is more
 _LOOK = 3  # products from a fresh random vector before the rest of the space counts as seen
 _MAX_BASIS = 80  # columns; beyond, the basis is compressed to its best half
 _MAX_ASYMMETRY = 0.05  # of the projected operator, beyond any rounding, in bfloat16 too
@@ -38,8 +39,9 @@ def eigsh(
     residual.
 
     A residual does not tell that no larger eigenvalue was missed; nearly all large errors of such searches are that.
-    Two guards make it rare: the pairs next to the wanted ones must have been seen as well (to 5 %), and for k > 1 the
-    search looks on from a fresh random vector, so that repeated eigenvalues are found as often as they occur.
+    Two guards make it rare: the pairs next to the wanted ones must have been seen as well (to 5 %, or 15 rtol if that
+    is more), and for k > 1 the search looks on from a fresh random vector, so that repeated eigenvalues are found as
+    often as they occur.
 
     Args:
         A: Symmetric operator.
@@ -144,9 +146,12 @@ class Search:
             follow = self._unfinished()
             if follow is None and look and not self._agrees(seen):
                 seen = self._values[self._wanted(self._k)]
-                if not self._explore(_LOOK):
+                num_products = self._explore(_LOOK)
+                if not num_products:
                     status = Status.BUDGET if self._spans_less_than_all() else Status.CONVERGED
                     break
+                if num_products < _LOOK and self._krylov.num_directions:
+                    seen = None  # a look cut short has not looked
             elif follow is None:
                 status = Status.CONVERGED
                 break
@@ -212,7 +217,7 @@ class Search:
             return wanted[0]
         beside = self._wanted(self._k + (2 if self._which == "BE" else 1))
         beside = beside[~torch.isin(beside, wanted)]
-        open_pairs = beside[residuals[beside] > _NEXT * scale.min()]
+        open_pairs = beside[residuals[beside] > max(_NEXT, _NEXT_LOOSENESS * self._rtol) * scale.min()]
         return open_pairs[0] if len(open_pairs) else None
 
     def _follow(self, index: Tensor) -> bool:
@@ -222,21 +227,20 @@ class Search:
         if krylov.num_directions and torch.linalg.vector_norm(direction) > 0:
             krylov.expand(direction)
             return True
-        return self._explore(1)
+        return self._explore(1) > 0
 
-    def _explore(self, num_products: int) -> bool:
-        """Go on from a random vector for some products; return whether there was room and budget for the first."""
+    def _explore(self, num_products: int) -> int:
+        """Go on from a random vector for some products; return for how many there was room and budget."""
         for attempt in range(num_products):
             if not self._has_budget() or not self._krylov.finite:
-                return attempt > 0
+                return attempt
             if attempt == 0:
-                self._krylov.add(
-                    self._random()
-                )  # nothing new where the basis spans nearly all: then what it has not tried
+                # Where the basis spans nearly all this adds nothing, and one of its own directions is next.
+                self._krylov.add(self._random())
             if not self._krylov.num_directions:
-                return attempt > 0
+                return attempt
             self._krylov.expand()
-        return True
+        return num_products
 
     def _agrees(self, seen: Tensor | None) -> bool:
         """Whether the values are those before the last look."""

@@ -61,7 +61,7 @@ class Tracker:
         )  # fmt: skip
         starts = self._starts(A)
         self._num_warm = self._num_warm + 1 if starts else 0
-        pairs = search.run(starts, look=self._k > 1 or self._num_warm % _LOOK_EVERY == 0)
+        pairs = search.run(starts, look=self._num_warm % _LOOK_EVERY == 0)
         self._keep(search, pairs)
         return pairs
 

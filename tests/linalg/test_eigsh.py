@@ -240,6 +240,18 @@ def test_a_budget_too_small_is_reported(which: Which, k: int, warm: bool) -> Non
     assert pairs.values.shape == (k,)
 
 
+@pytest.mark.parametrize("name", ["positive", "indefinite", "repeated", "rank deficient"])
+def test_a_budget_that_ends_before_the_last_look_around_is_reported(name: str) -> None:
+    """For several pairs the search looks on from fresh vectors; what that takes belongs to the search."""
+    A = Matrix(symmetric(SPECTRA[name]))
+    needed = eigsh(A, 3, rtol=1e-3, generator=_seeded()).num_matvecs
+    assert eigsh(A, 3, rtol=1e-3, max_matvecs=needed, generator=_seeded()).status is Status.CONVERGED
+    for max_matvecs in range(3, needed):
+        pairs = eigsh(A, 3, rtol=1e-3, max_matvecs=max_matvecs, generator=_seeded())
+        assert pairs.status is Status.BUDGET
+        assert pairs.num_matvecs == max_matvecs
+
+
 def test_an_operator_that_is_not_symmetric_breaks_down() -> None:
     B = torch.randn(30, 30, dtype=torch.float64)
     for matrix in (B, B - B.mT, B.triu(), torch.diag(torch.ones(29).double(), 1)):
