@@ -30,6 +30,7 @@ class Krylov:
         self._A = A
         self._rows = torch.empty(_INITIAL_CAPACITY, A.shape[0], dtype=A.dtype, device=A.device)
         self._H = torch.zeros(0, 0, dtype=torch.float64)
+        self._past_asymmetry = 0.0
         self.num_matvecs = 0
         self.finite = True
 
@@ -56,9 +57,10 @@ class Krylov:
 
     @property
     def asymmetry(self) -> float:
-        """Largest entry of T - T^T relative to that of H: rounding for a symmetric operator."""
+        """Largest entry of T - T^T relative to that of H, now or before a compression: rounding for a symmetric A."""
         T = self._H[: self.dimension]
-        return ((T - T.mT).abs().max() / self.norm).item() if self.norm else 0.0
+        now = ((T - T.mT).abs().max() / self.norm).item() if self.norm else 0.0
+        return max(now, self._past_asymmetry)
 
     def residuals(
         self,
@@ -124,6 +126,7 @@ class Krylov:
         values: Tensor,  # (k,)
     ) -> None:
         """Replace Q by the Ritz vectors Q S, whose projection is diag(values); W stays."""
+        self._past_asymmetry = self.asymmetry
         m, p, k = self.dimension, self.num_directions, S.shape[1]
         kept = self.vectors(S).mT.contiguous()
         self._rows[k : k + p] = self._rows[m : m + p].clone()
