@@ -111,6 +111,8 @@ def sgd(group: dict[str, Any]) -> Edge:
     momentum, dampening = group["momentum"], group["dampening"]
     if not momentum:
         threshold = 2.0
+    elif dampening >= 1:
+        raise NoThresholdError(f"SGD with dampening={dampening} does not move by its gradients; no ratio is logged.")
     elif group["nesterov"]:
         threshold = (2 + 2 * momentum) / (1 + 2 * momentum)
     else:

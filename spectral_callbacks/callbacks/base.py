@@ -137,12 +137,18 @@ class SpectralCallback(pl.Callback, abc.ABC):
         if self.on_error == "raise":
             raise error
         self.silenced = True
+        self.forget()
         self.say(f"{error} Training goes on without this diagnostic.")
 
     def renamed(self, readings: Mapping[str, float]) -> dict[str, float]:
-        """Return the readings under this instance's name."""
+        """Return the readings under this instance's name.
+
+        Raises:
+            ValueError: If a tag is none that every logger can take.
+        """
         return {
-            rename(tag, self.name) if tag.startswith(f"{self.diagnostic}/") else tag: v for tag, v in readings.items()
+            rename(check_tag(tag), self.name) if tag.startswith(f"{self.diagnostic}/") else check_tag(tag): value
+            for tag, value in readings.items()
         }
 
     def refusal(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
@@ -157,15 +163,19 @@ class SpectralCallback(pl.Callback, abc.ABC):
                 f"optimizer={self.optimizer}, but the module configures {len(trainer.optimizers)}. "
                 "Pass an index below that."
             )
-        if not isinstance(trainer.optimizers[self.optimizer], torch.optim.Optimizer):
-            return "the module configures no torch optimizer, so nothing is trained that could be measured."
+        owned = {id(p) for group in trainer.optimizers[self.optimizer].param_groups for p in group["params"]}
+        if not any(id(p) in owned for p in module.parameters()):
+            return f"optimizer {self.optimizer} holds no parameter of the module, so it trains nothing to be measured."
         if self.loss is None and not module.automatic_optimization:
             return (
                 "under manual optimization training_step steps the optimizers itself and is not run again. Pass "
                 "loss=(pl_module, batch) -> scalar Tensor."
             )
-        if self.loss is None and fetches_batches(module):
-            return "training_step fetches its own batches (dataloader_iter) and is not run again. Pass loss=."
+        if fetches_batches(module) and (self.loss is None or self.data in ("fixed", "current")):
+            return (
+                "training_step fetches its own batches (dataloader_iter), so it is not run again and none is at hand. "
+                "Pass loss=, and a DataLoader as data=."
+            )
         return None
 
     # Lightning's hooks: the first spectral callback of the trainer conducts, the others are conducted.
@@ -176,39 +186,58 @@ class SpectralCallback(pl.Callback, abc.ABC):
             return
         callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         spectral = [callback for callback in callbacks if isinstance(callback, SpectralCallback)]
-        self._conductor = Conductor(spectral) if spectral[0] is self else None
         self.silenced = False
         self._said.clear()
+        if spectral[0] is not self:
+            return
+        names = [callback.name for callback in spectral]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the callbacks are named {', '.join(names)}; give each a name= of its own for its tags.")
+        conductor = Conductor(spectral)
+        for callback in spectral:
+            callback._conductor = conductor
+
+    @property
+    def _leads(self) -> Conductor | None:
+        """The conductor, for the callback that passes Lightning's hooks on to it."""
+        return self._conductor if self._conductor and self._conductor.is_led_by(self) else None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and draw the layout of the charts."""
-        if self._conductor:
-            self._conductor.start(trainer, pl_module)
+        if conductor := self._leads:
+            conductor.start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure what is due before this batch's optimizer step."""
-        if self._conductor:
-            self._conductor.before_batch(trainer, pl_module, batch, batch_idx)
+        if conductor := self._leads:
+            conductor.before_batch(trainer, pl_module, batch, batch_idx)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare the parameters that training reached with those that the probe reached."""
-        if self._conductor and self._conductor.awaits_gradients:
-            self._conductor.after_backward(trainer)
+        if (conductor := self._leads) and conductor.awaits_gradients:
+            conductor.after_backward(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Compare the learning rate of the step with the one that was measured with."""
+        if conductor := self._leads:
+            conductor.before_step(trainer, optimizer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure what is due at the end of this epoch."""
-        if self._conductor:
-            self._conductor.after_epoch(trainer, pl_module)
+        if conductor := self._leads:
+            conductor.after_epoch(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock and log what it shows."""
-        if self._conductor:
-            self._conductor.stop(trainer)
+        if conductor := self._leads:
+            conductor.stop(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the clock and the fixed batches, kept by the callback that conducts."""
+        """Return the clock and the fixed batches, the same for all callbacks: any of them brings them back."""
         return self._conductor.state_dict() if self._conductor else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -223,6 +252,8 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...], *, or_else
 
 
 def _resolve(loss: Callable[[Any, Any], Tensor] | str | None) -> Loss | None:
+    if loss is not None and not isinstance(loss, str) and not callable(loss):
+        raise ValueError(f"loss={loss!r} must be a function (pl_module, batch) -> scalar Tensor, or its dotted path.")
     if not isinstance(loss, str):
         return loss
     module, _, attribute = loss.rpartition(".")

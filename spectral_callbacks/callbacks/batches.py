@@ -117,14 +117,14 @@ def load_batches(trainer: pl.Trainer, data: Data, num_batches: int, seed: int) -
         ValueError: If the data cannot be read without disturbing training.
     """
     training = trainer.train_dataloader
-    if data is training and training.persistent_workers:
+    if isinstance(data, DataLoader) and data is training and data.persistent_workers:
         raise ValueError(
             "the loader given as data= is the one that training reads, and its persistent_workers would start the "
             "epoch over; pass a second DataLoader, or data='train'."
         )
     loaders = [loader for loader in (training, data) if isinstance(loader, DataLoader)]
-    datamodules = [] if trainer.datamodule is None else [trainer.datamodule]
-    with undisturbed(trainer.lightning_module, also=[*loaders, *datamodules]):
+    datamodule: object = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+    with undisturbed(trainer.lightning_module, also=[*loaders, datamodule]):
         seed_generators(seed)
         loader = second_train_loader(trainer, seed) if data == "train" else data
         return batches_of_loader(trainer, loader, num_batches)

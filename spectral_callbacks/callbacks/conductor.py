@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
+import traceback
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 
-from spectral_callbacks.callbacks.batches import FixedBatches, FrozenBatch, load_batches
+from spectral_callbacks.callbacks.batches import Data, FixedBatches, FrozenBatch, load_batches
 from spectral_callbacks.callbacks.loss import loss_of
-from spectral_callbacks.callbacks.muting import muted, precision_of
+from spectral_callbacks.callbacks.muting import muted
 from spectral_callbacks.callbacks.record import draw_layout, logging_step, record
 from spectral_callbacks.callbacks.schedule import Budget
-from spectral_callbacks.operators import Hessian, ParameterSpace
-from spectral_callbacks.probe import (
-    Probe,
-    WrongDerivativeError,
-    check_reached,
-    check_symmetry,
-    explain,
-    unreached_parameters,
-)
-from spectral_callbacks.tags import COST_OVERHEAD, rename
+from spectral_callbacks.callbacks.verification import Verification
+from spectral_callbacks.probe import Probe, explain
+from spectral_callbacks.tags import COST_OVERHEAD
 
 if TYPE_CHECKING:
     from spectral_callbacks.callbacks.base import SpectralCallback
 
-_HALF_PRECISION_NOISE = 0.1  # products under bfloat16 autocast were off by up to 1.2e-2
-
 
 @dataclasses.dataclass(frozen=True)
-class _Reach:
-    """Parameters that the probe did not reach, until training's own gradients tell whether it should have."""
+class _Outcome:
+    """What came of one group: readings under their final tags, errors, and the seconds of each callback's own."""
 
-    key: tuple[Any, ...]
-    callbacks: list[SpectralCallback]
-    space: ParameterSpace
-    unreached: tuple[str, ...]
+    readings: dict[SpectralCallback, dict[str, float]] = dataclasses.field(default_factory=dict)
+    failures: dict[SpectralCallback, Exception] = dataclasses.field(default_factory=dict)
+    seconds: dict[SpectralCallback, float] = dataclasses.field(default_factory=dict)
 
 
 class Conductor:
@@ -59,15 +49,20 @@ class Conductor:
         self._loaded: dict[Any, list[FrozenBatch]] = {}
         self._budget = Budget()
         self._owed: set[SpectralCallback] = set()
-        self._tested: set[tuple[Any, ...]] = set()
-        self._reaches: list[_Reach] = []
+        self._verification = Verification()
+        self._once = 0.0
+        self._learning_rates: dict[SpectralCallback, list[float]] = {}
         self._latest: FrozenBatch | None = None
         self._keeps_latest = any(callback.data == "current" for callback in callbacks)
+
+    def is_led_by(self, callback: SpectralCallback) -> bool:
+        """Return whether this callback passes Lightning's hooks on."""
+        return self._callbacks[0] is callback
 
     @property
     def awaits_gradients(self) -> bool:
         """Whether training's next gradients are to be compared with what the probe reached."""
-        return bool(self._reaches)
+        return self._verification.awaits_gradients
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Turn away what cannot be measured, draw the charts, start the clock."""
@@ -83,23 +78,12 @@ class Conductor:
                         "the checkpoint could not carry the fixed batches, so the probe set changed on resuming. Pass "
                         "a DataLoader as data= for one that stays."
                     )
-        charts = [
-            (
-                callback.name,
-                tuple(
-                    dataclasses.replace(chart, tags=tuple(rename(tag, callback.name) for tag in chart.tags))
-                    for chart in callback.charts
-                ),
-            )
-            for callback in self._active()
-        ]
-        draw_layout(trainer, charts)
+        draw_layout(trainer, [(callback.name, callback.charts) for callback in self._active()])
         self._budget.start()
 
     def before_batch(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch if it is to be kept, and measure who is due."""
-        if not self._fixed.is_complete:
-            self._fixed.see(batch, batch_idx)
+        self._keep(trainer, batch, batch_idx)
         if self._keeps_latest:
             self._latest = FrozenBatch(batch, batch_idx)
         ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
@@ -114,16 +98,32 @@ class Conductor:
         if due:
             self._measure(trainer, module, due, step, FrozenBatch(batch, batch_idx))
 
+    def _keep(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
+        waiting = [callback for callback in self._active() if callback.data == "fixed"]
+        if not waiting or self._fixed.is_complete:
+            return
+        try:
+            self._fixed.see(batch, batch_idx)
+        except Exception as error:  # noqa: BLE001 - batches are objects of the user's
+            for callback in waiting:
+                self._fail(trainer, callback, error, logging_step(trainer))
+
     def after_backward(self, trainer: pl.Trainer) -> None:
         """Silence callbacks whose probe missed a parameter that training has a gradient for."""
-        reaches, self._reaches = self._reaches, []
-        for reach in reaches:
-            try:
-                check_reached(reach.unreached, reach.space)
-            except WrongDerivativeError as error:
-                self._tested.discard(reach.key)  # for callbacks that were not due yet
-                for callback in reach.callbacks:
-                    self._fail(trainer, callback, error, logging_step(trainer))
+        for callback, error in self._verification.judge().items():
+            self._fail(trainer, callback, error, logging_step(trainer))
+
+    def before_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Say so if a learning rate is no longer the one that was measured with."""
+        for callback, measured in list(self._learning_rates.items()):
+            if trainer.optimizers[callback.optimizer] is optimizer:
+                del self._learning_rates[callback]
+                if _learning_rates(optimizer) != measured:
+                    callback.say(
+                        f"the learning rates {measured} became {_learning_rates(optimizer)} between measuring and the "
+                        "optimizer step, and what was logged belongs to the former. Set them in a scheduler, or list "
+                        "this callback after the one that sets them."
+                    )
 
     def after_epoch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure who is due at the end of this epoch."""
@@ -157,93 +157,88 @@ class Conductor:
         step: int,
         current: FrozenBatch | None,
     ) -> None:
-        groups: dict[tuple[Any, ...], list[SpectralCallback]] = {}
+        groups: dict[Hashable, list[SpectralCallback]] = {}
         for c in due:
-            data = c.data if isinstance(c.data, str) else id(c.data)
-            groups.setdefault((data, c.num_batches, c.mode, c.loss, c.precision, c.optimizer, c.seed), []).append(c)
-        readings: dict[SpectralCallback, Mapping[str, float]] = {}
-        began = _clock(trainer)
-        once = 0.0
+            key = (_identity(c.data), c.num_batches, c.mode, id(c.loss), c.precision, c.optimizer, c.seed)
+            groups.setdefault(key, []).append(c)
+        readings: dict[SpectralCallback, dict[str, float]] = {}
+        recurring = 0.0
         for key, group in groups.items():
-            failures: dict[SpectralCallback, Exception] = {}
+            outcome = _Outcome()
+            began, self._once = _clock(trainer), 0.0
             try:
-                with _undisturbed_run(trainer, module, group[0]):
-                    batches = self._batches(trainer, module, group[0])
-                    if batches is None:
-                        self._owed.update(group)
-                        continue
-                    self._owed.difference_update(group)
-                    once += self._measure_group(trainer, module, key, group, batches, step, current, readings, failures)
+                with muted(trainer, module):
+                    self._measure_group(trainer, module, key, group, step, current, outcome)
             except Exception as error:  # noqa: BLE001 - whatever goes wrong here, training must go on
-                failures = dict.fromkeys(group, error)
-            for callback, error in failures.items():  # here the loggers listen again
+                outcome = _Outcome(failures=dict.fromkeys(group, error))
+            recurring += self._book(group, outcome, _clock(trainer) - began)
+            for callback, error in outcome.failures.items():  # here the loggers listen again
                 self._fail(trainer, callback, error, step)
+            readings |= outcome.readings
         if not readings:
-            self._budget.pay(_clock(trainer) - began)
+            self._budget.pay(recurring)
             return
-        self._budget.pay(once)
-        self._budget.pay_measurement(_clock(trainer) - began - once)
+        if recurring:
+            self._budget.pay_measurement(recurring)
         cost = {COST_OVERHEAD.name: self._budget.overhead}
-        for callback, measured in readings.items():
-            named = callback.renamed(measured)
-            record(trainer, named, step)
+        everything: dict[str, float] = {}
+        for callback, named in readings.items():
             callback.history.append({"step": step, **named, **cost})
-        record(trainer, cost, step)
+            everything |= named
+            if current is not None:
+                self._learning_rates[callback] = _learning_rates(trainer.optimizers[callback.optimizer])
+        record(trainer, everything | cost, step)
 
     def _measure_group(
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
-        key: tuple[Any, ...],
+        key: Hashable,
         group: list[SpectralCallback],
-        batches: list[FrozenBatch],
         step: int,
         current: FrozenBatch | None,
-        readings: dict[SpectralCallback, Mapping[str, float]],
-        failures: dict[SpectralCallback, Exception],
-    ) -> float:
-        """Let a group measure on one probe; return the seconds that went into the self-test."""
+        outcome: _Outcome,
+    ) -> None:
+        """Let a group measure on one probe."""
         first = group[0]
+        batches = self._batches(trainer, module, first)
+        if batches is None:
+            self._owed.update(group)
+            return
+        self._owed.difference_update(group)
         probe = Probe(
-            module, trainer.optimizers[first.optimizer], batches, loss=loss_of(first.loss), step=step, mode=first.mode,
-            seed=first.seed,
+            module, trainer.optimizers[first.optimizer], batches,
+            loss=loss_of(trainer, first.loss, first.precision), step=step, mode=first.mode, seed=first.seed,
         )  # fmt: skip
-        once = 0.0
         with probe:
             curved = [callback for callback in group if callback.differentiates_twice]
-            if curved and key not in self._tested:
+            if curved and self._verification.is_due(key):
                 began = _clock(trainer)
-                if self._test(trainer, probe, key, curved, current):
-                    self._tested.add(key)
-                once = _clock(trainer) - began
-            for callback in group:
+                upcoming = current if first.loss is None and first.mode == "train" else None
                 try:
-                    readings[callback] = callback.measure(probe.with_generator(_generator(probe, callback, step)))
+                    self._verification.test(probe, key, curved, upcoming, _generator(probe, first, -1))
                 except Exception as error:  # noqa: BLE001
-                    failures[callback] = error
-        return once
+                    outcome.failures.update(dict.fromkeys(curved, error))
+                self._once += _clock(trainer) - began
+            for callback in group:
+                if callback in outcome.failures:
+                    continue
+                began = _clock(trainer)
+                try:
+                    measured = callback.measure(probe.with_generator(_generator(probe, callback, step)))
+                    outcome.readings[callback] = callback.renamed(measured)
+                except Exception as error:  # noqa: BLE001
+                    outcome.failures[callback] = error
+                outcome.seconds[callback] = _clock(trainer) - began
 
-    def _test(
-        self,
-        trainer: pl.Trainer,
-        probe: Probe,
-        key: tuple[Any, ...],
-        callbacks: list[SpectralCallback],
-        current: FrozenBatch | None,
-    ) -> bool:
-        """Test the products, and remember the parameters that were missed until training has its gradients.
-
-        Returns whether the products told anything.
-        """
-        first = callbacks[0]
-        noise = _HALF_PRECISION_NOISE if _is_rough(probe.space, trainer, first) else None
-        generator = _generator(probe, first, -1)
-        told = check_symmetry(probe.operator(Hessian), probe.space, probe.module, generator=generator, noise=noise)
-        if current is not None and first.loss is None and first.mode == "train":
-            unreached = unreached_parameters(probe.evaluate(current, seed=None), probe.space)
-            if unreached:
-                self._reaches.append(_Reach(key, callbacks, probe.space, unreached))
-        return told
+    def _book(self, group: list[SpectralCallback], outcome: _Outcome, seconds: float) -> float:
+        """Pay what does not come again, or not out of the budget; return what the budgeted callbacks cost each time."""
+        if not any(callback.schedule.is_fixed for callback in group):
+            self._budget.pay(self._once)
+            return seconds - self._once
+        added = sum(spent for callback, spent in outcome.seconds.items() if not callback.schedule.is_fixed)
+        self._budget.pay(seconds - added, budgeted=False)
+        return added
 
     def _batches(
         self, trainer: pl.Trainer, module: pl.LightningModule, callback: SpectralCallback
@@ -254,10 +249,11 @@ class Conductor:
         elif callback.data == "fixed":
             batches = self._fixed.take(callback.num_batches)
         else:
-            data = callback.data if isinstance(callback.data, str) else id(callback.data)
-            key = (data, callback.num_batches, callback.seed)
+            key = (_identity(callback.data), callback.num_batches, callback.seed)
             if key not in self._loaded:
+                began = _clock(trainer)
                 self._loaded[key] = load_batches(trainer, callback.data, callback.num_batches, callback.seed)
+                self._once += _clock(trainer) - began
             batches = self._loaded[key]
         if batches is None:
             return None
@@ -269,17 +265,17 @@ class Conductor:
         named = callback.renamed(callback.failure())
         record(trainer, named, step)
         callback.history.append({"step": step, **named})
+        if error.__traceback__ is not None:  # its frames hold the graph of the probe
+            traceback.clear_frames(error.__traceback__)
+            error.__traceback__ = None
 
 
-@contextlib.contextmanager
-def _undisturbed_run(trainer: pl.Trainer, module: pl.LightningModule, callback: SpectralCallback) -> Iterator[None]:
-    with muted(trainer, module), precision_of(trainer, callback.precision):
-        yield
+def _identity(data: Data) -> Hashable:
+    return data if isinstance(data, str) else id(data)
 
 
-def _is_rough(space: ParameterSpace, trainer: pl.Trainer, callback: SpectralCallback) -> bool:
-    half = any(p.dtype.itemsize < space.dtype.itemsize for p in space.tensors)
-    return half or (callback.precision == "training" and trainer.precision not in ("32-true", "64-true"))
+def _learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def _generator(probe: Probe, callback: SpectralCallback, step: int) -> torch.Generator:

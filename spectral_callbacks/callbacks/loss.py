@@ -10,15 +10,34 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from spectral_callbacks.callbacks.batches import FrozenBatch
+from spectral_callbacks.callbacks.muting import Precision, precision_of
 
 Loss = Callable[[pl.LightningModule, Any], Tensor]
 
 
-def loss_of(loss: Loss | None) -> Callable[[Any, FrozenBatch], Tensor]:
-    """Return the function of module and frozen batch that a probe differentiates."""
-    if loss is None:
-        return training_loss
-    return lambda module, frozen: loss(module, frozen.batch)
+def loss_of(trainer: pl.Trainer, loss: Loss | None, precision: Precision) -> Callable[[Any, FrozenBatch], Tensor]:
+    """Return the function of module and frozen batch that a probe differentiates.
+
+    The precision is that of the loss alone: under autocast the inner products of an eigenvalue search are wrong.
+    """
+
+    def in_precision(module: Any, frozen: FrozenBatch) -> Tensor:
+        with precision_of(trainer, precision):
+            return training_loss(module, frozen) if loss is None else own_loss(loss, module, frozen)
+
+    return in_precision
+
+
+def own_loss(loss: Loss, module: pl.LightningModule, frozen: FrozenBatch) -> Tensor:  # ()
+    """Call a loss of the user's.
+
+    Raises:
+        ValueError: If it returns no tensor.
+    """
+    value = loss(module, frozen.batch)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"loss= returned {type(value).__name__}; return a scalar Tensor.")
+    return value
 
 
 def training_loss(module: pl.LightningModule, frozen: FrozenBatch) -> Tensor:  # ()

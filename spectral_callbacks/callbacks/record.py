@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from spectral_callbacks.tags import Chart, check_tag, layout
+from spectral_callbacks.tags import Chart, check_tag, layout, rename
 
 
 def logging_step(trainer: pl.Trainer) -> int:
@@ -27,8 +28,13 @@ def record(trainer: pl.Trainer, readings: Mapping[str, float], step: int) -> Non
 
 
 def draw_layout(trainer: pl.Trainer, charts: Iterable[tuple[str, tuple[Chart, ...]]]) -> None:
-    """Tell TensorBoard which tags belong in one chart."""
-    sections = dict(charts)
+    """Tell TensorBoard which tags belong in one chart, for each callback's name."""
+    sections = {
+        name: tuple(
+            dataclasses.replace(chart, tags=tuple(rename(tag, name) for tag in chart.tags)) for chart in own_charts
+        )
+        for name, own_charts in charts
+    }
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and sections:
             logger.experiment.add_custom_scalars(layout(sections))

@@ -72,11 +72,13 @@ class Budget:
 
     A measurement is affordable when the share stays within the limit after it, judged by the dearest of the last few,
     over the whole fit and since the last measurement: what a quiet time leaves over is not spent in a burst. The first
-    is free: its cost is a debt repaid before the next.
+    is free: its cost is a debt repaid before the next. What callbacks with a rhythm of their own take is counted in
+    `overhead`, but not against this budget.
     """
 
     def __init__(self) -> None:
         self.spent = 0.0
+        self._budgeted = 0.0
         self._elapsed = 0.0
         self._started: float | None = None
         self._measured_at = 0.0
@@ -103,9 +105,11 @@ class Budget:
         self._elapsed = self.elapsed
         self._started = None
 
-    def pay(self, seconds: float) -> None:
-        """Book the cost of something that comes once."""
+    def pay(self, seconds: float, *, budgeted: bool = True) -> None:
+        """Book the cost of something that comes once, or that no budget limits."""
         self.spent += seconds
+        if budgeted:
+            self._budgeted += seconds
 
     def pay_measurement(self, seconds: float) -> None:
         """Book the cost of a measurement, and expect the like of it."""
@@ -119,15 +123,17 @@ class Budget:
             return True
         expected, elapsed = max(self._costs), self.elapsed
         rested = expected <= share * (elapsed - self._measured_at + expected)
-        return rested and self.spent + expected <= share * (elapsed + expected)
+        return rested and self._budgeted + expected <= share * (elapsed + expected)
 
     def state_dict(self) -> dict[str, object]:
         """Return what a resumed run needs."""
-        return {"spent": self.spent, "elapsed": self.elapsed, "costs": list(self._costs)}
+        return {"spent": self.spent, "budgeted": self._budgeted, "elapsed": self.elapsed, "costs": list(self._costs)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue where another part of the run ended."""
         self.spent = float(state["spent"])  # type: ignore[arg-type]
+        self._budgeted = float(state["budgeted"])  # type: ignore[arg-type]
         self._elapsed = float(state["elapsed"])  # type: ignore[arg-type]
         self._measured_at = self._elapsed
+        self._costs.clear()
         self._costs.extend(state["costs"])  # type: ignore[arg-type]

@@ -24,14 +24,16 @@ class Sharpness(SpectralCallback):
     Tags: `sharpness/lambda_max`, largest algebraic eigenvalue, in units of loss per parameter squared;
     `sharpness/residual`, within which of it some eigenvalue lies; `sharpness/two_over_lr` for the largest learning
     rate; `sharpness/threshold`, the λ at the edge (one parameter group, or groups that agree);
-    `sharpness/stability_ratio`; `sharpness/num_matvecs`; `sharpness/status` (0 converged, 1 budget spent, 2 breakdown,
-    3 not finite). On request `sharpness/lambda_2` and so on, and `sharpness/lambda_min`, each with its `_residual`.
+    `sharpness/stability_ratio`; `sharpness/num_matvecs`; `sharpness/status` (0 converged, 1 budget spent, 2 breakdown
+    or a failure that was reported, 3 not finite). On request `sharpness/lambda_2` and so on, and
+    `sharpness/lambda_min`, each with its `_residual`.
 
     How to read it: a ratio that climbs to 1 and stays is progressive sharpening and then the edge of stability; a ratio
     well above 1 for long comes before divergence, or belongs to mini-batch noise on a batch that training does not see.
 
-    Cost: 2 to 4 products when warm, 5 to 10 when cold, each 1.6 to 1.9 gradient passes on the probe's batches, and
-    about 20 vectors of the parameters' size.
+    Cost: 3 to 7 products when warm, 6 to 15 when cold (more where the spectrum has no gap, as at initialisation), each
+    1.5 to 1.9 gradient passes on the probe's batches; a vector of the parameters' size for each product of a search, at
+    most about 80.
 
     Args:
         num_eigenvalues: How many of the largest eigenvalues are logged.
@@ -92,7 +94,8 @@ class Sharpness(SpectralCallback):
                 "sharpness/lambda_min": bottom.values[0].item(),
                 "sharpness/lambda_min_residual": bottom.residuals[0].item(),
             }
-        readings |= _reference_lines(probe)
+        learning_rate = max(probe.learning_rates())
+        readings["sharpness/two_over_lr"] = 2 / learning_rate if learning_rate else math.inf
         try:
             edges = set(probe.edges())
         except NoThresholdError as reason:
@@ -123,8 +126,3 @@ def _eigenvalues(pairs: Eigenpairs) -> dict[str, float]:
         readings[f"sharpness/lambda_{index + 1}"] = pairs.values[index].item()
         readings[f"sharpness/lambda_{index + 1}_residual"] = pairs.residuals[index].item()
     return readings
-
-
-def _reference_lines(probe: Probe) -> dict[str, float]:
-    learning_rate = max(float(group["lr"]) for group in probe.optimizer.param_groups)
-    return {"sharpness/two_over_lr": 2 / learning_rate} if learning_rate > 0 else {}

@@ -175,7 +175,7 @@ class Search:
         return Eigenpairs(
             self._values[self._wanted(count)],
             self._krylov.vectors(S),
-            self._krylov.residuals(S),
+            torch.hypot(self._krylov.residuals(S), self._krylov.asymmetric_part(S)),
             status,
             self._krylov.num_matvecs,
         )

@@ -69,6 +69,14 @@ class Krylov:
         """Return ‖A Q s - Q T s‖ for each column s."""
         return torch.linalg.vector_norm(self.coupling(S), dim=0)
 
+    def asymmetric_part(
+        self,
+        S: Tensor,  # (m, k)
+    ) -> Tensor:  # (k,)
+        """Return ‖(T - T^T) s‖ / 2, what rounding of the products adds to the residual of each column s."""
+        T = self._H[: self.dimension]
+        return torch.linalg.vector_norm((T - T.mT) @ S, dim=0) / 2
+
     def coupling(
         self,
         S: Tensor,  # (m,) or (m, k)

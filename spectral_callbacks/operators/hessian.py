@@ -12,7 +12,7 @@ from spectral_callbacks.operators.objective import Objective
 class Hessian(LinearOperator):
     """The matrix of second derivatives of an objective, (n, n), symmetric.
 
-    A product is the derivative of ⟨gradient, v⟩ by a second backward pass: exact, and 1.6 to 1.9 gradient passes as
+    A product is the derivative of ⟨gradient, v⟩ by a second backward pass: exact, and 1.5 to 1.9 gradient passes as
     long as the objective keeps its graphs. Reverse mode only: torch's forward-mode rules of LayerNorm and BatchNorm,
     differentiated once more, are wrong without an error (pytorch#196700, #196699).
 

@@ -7,6 +7,7 @@ import pathlib
 import torch
 
 _MEMINFO = pathlib.Path("/proc/meminfo")
+_CGROUP = pathlib.Path("/sys/fs/cgroup")  # of a container, where it shows its own
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -16,5 +17,15 @@ def free_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "cpu" and _MEMINFO.exists():
         fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+        in_container = _free_in_container()
+        return available if in_container is None else min(available, in_container)
     return None
+
+
+def _free_in_container() -> int | None:
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        return int(limit) - int((_CGROUP / "memory.current").read_text()) if limit != "max" else None
+    except (OSError, ValueError):
+        return None

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _functions
+from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
@@ -24,7 +25,8 @@ from torch.utils.checkpoint import CheckpointFunction
 from spectral_callbacks.probe import compositions
 
 _Operation = Callable[..., Any]
-_DelayedError = _functions.DelayedError
+_apply = BackwardCFunction.apply
+_ONCE = once_differentiable(lambda ctx: None).__code__  # of the wrapper, which all decorated functions share
 _math_attention = functools.partial(sdpa_kernel, SDPBackend.MATH)
 
 
@@ -76,7 +78,7 @@ def exact_backends() -> Iterator[None]:
         torch.compiler.set_stance("force_eager"),
         _replaced(CheckpointFunction, "apply", staticmethod(_reentrant_checkpoint)),
         _replaced(checkpoint, "_checkpoint_without_reentrant_generator", _checkpoint),
-        _replaced(_functions, "DelayedError", _delayed_error),
+        _replaced(BackwardCFunction, "apply", _backward),
     ):
         yield
 
@@ -163,11 +165,16 @@ def _checkpoint(
         yield
 
 
-def _delayed_error(message: bytes, num_inputs: int) -> _Operation:
-    """Raise at once: torch's own error hangs on a branch that leads to no parameter, and the curvature comes out 0."""
-    if b"once_differentiable" in message:
-        raise RuntimeError(message.decode())
-    return _DelayedError(message, num_inputs)
+def _backward(node: Any, *gradients: Any) -> Any:
+    """Raise at once: torch's own error hangs on a branch that leads to no parameter, or there is none."""
+    function = node._forward_cls
+    if torch.is_grad_enabled() and any(_is_once_differentiable(f) for f in (function.backward, function.vjp)):
+        raise RuntimeError(f"trying to differentiate {function.__name__} twice, which was marked @once_differentiable")
+    return _apply(node, *gradients)
+
+
+def _is_once_differentiable(function: Any) -> bool:
+    return isinstance(function, types.FunctionType) and function.__code__ is _ONCE
 
 
 @contextlib.contextmanager

@@ -75,10 +75,10 @@ class Isolation:
 
     def restore(self) -> None:
         """Bring modes, buffers, attributes and gradients back."""
-        self._state.restore_modes()
-        self._state.restore()
         for p, gradient in self._gradients:
             p.grad = gradient
+        self._state.restore_modes()
+        self._state.restore()
 
     def _refuse_moved_parameters(self, written: set[int]) -> None:
         if not written:

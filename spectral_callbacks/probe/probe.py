@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from spectral_callbacks.operators import Objective, ParameterSpace
 from spectral_callbacks.probe.batches import copied, num_samples
 from spectral_callbacks.probe.isolation import Isolation, Mode, undisturbed
 from spectral_callbacks.stability import Edge, edges
+
+_T = TypeVar("_T")
 
 
 class Probe:
@@ -92,18 +94,17 @@ class Probe:
         """The loss over the batches as a function of the optimizer's parameters."""
         return self._share(Objective, self._build_objective)
 
+    def learning_rates(self) -> tuple[float, ...]:
+        """Return the learning rate of each parameter, in the order of the space."""
+        return self._each_parameter([float(group["lr"]) for group in self.optimizer.param_groups])
+
     def edges(self) -> tuple[Edge, ...]:
         """Return the edge of stability of each parameter, in the order of the space.
 
         Raises:
             NoThresholdError: If none is known for the optimizer.
         """
-        by_tensor = {
-            id(p): edge
-            for group, edge in zip(self.optimizer.param_groups, edges(self.optimizer), strict=True)
-            for p in group["params"]
-        }
-        return tuple(by_tensor[id(p)] for p in self.space.tensors)
+        return self._each_parameter(edges(self.optimizer))
 
     def preconditioned(self, kind: Callable[[Objective], LinearOperator]) -> LinearOperator:  # (n, n)
         """Return the operator in the metric of the optimizer, where its edge of stability lies at eigenvalue 1.
@@ -151,6 +152,11 @@ class Probe:
             functools.partial(self.evaluate, batch, seed=self._seed + index) for index, batch in enumerate(self.batches)
         ]
         return Objective(self.space, losses, [num_samples(batch) for batch in self.batches])
+
+    def _each_parameter(self, of_groups: Sequence[_T]) -> tuple[_T, ...]:
+        groups = zip(self.optimizer.param_groups, of_groups, strict=True)
+        by_tensor = {id(p): value for group, value in groups for p in group["params"]}
+        return tuple(by_tensor[id(p)] for p in self.space.tensors)
 
     def _share(self, key: Any, build: Callable[[], Any]) -> Any:
         if key not in self._shared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from spectral_callbacks.operators import ParameterSpace
 
 _MARGIN = 3.0  # in units of √ε; rounding alone stays below 0.1 on the nets of the tests
 _LISTED = 3
+_CAUSE = "A custom autograd function that runs backward() inside does this: avoid it, or pass loss= without it."
 
 
 class WrongDerivativeError(RuntimeError):
@@ -25,6 +27,7 @@ def check_symmetry(
     *,
     generator: torch.Generator,
     noise: float | None = None,
+    unreached: Sequence[str] = (),
 ) -> bool:
     """Raise unless uᵀA v = vᵀA u for two random vectors; two products if it holds.
 
@@ -37,6 +40,7 @@ def check_symmetry(
         module: Names the culprit.
         generator: Draws u and v.
         noise: Relative error that the products may have; by default a small multiple of the rounding error.
+        unreached: Parameters that `unreached_parameters` found, suspects if there is a defect.
 
     Returns:
         Whether the products tell anything: not if they are zero, or not finite.
@@ -64,10 +68,11 @@ def check_symmetry(
     guilty = [name for size, name in sorted(inside, reverse=True) if size > limit]
     suspects = [name for _, name in sorted(across, reverse=True)]
     where = f"in {', '.join(guilty[:_LISTED])}" if guilty else f"between {' and '.join(suspects[:2])}"
+    hint = f" Autograd finds no path to {_listed(unreached)}. {_CAUSE}" if unreached else ""
     raise WrongDerivativeError(
         f"the second derivative is wrong {where}: uᵀHv and vᵀHu differ by {defect:.1%} of ‖Hv‖, and a Hessian is "
         "symmetric. Some operation there has a wrong derivative, or its result is random; nothing is logged from it. "
-        "Replace the operation by elementary ones, or pass loss= without it."
+        f"Replace the operation by elementary ones, or pass loss= without it.{hint}"
     )
 
 
@@ -104,12 +109,14 @@ def check_reached(unreached: tuple[str, ...], space: ParameterSpace) -> None:
     missed = [name for name in unreached if (g := gradients[name]) is not None and bool((g != 0).any())]
     if missed:
         owners = list(dict.fromkeys(name.rpartition(".")[0] or name for name in missed))
-        more = ", ..." if len(missed) > _LISTED else ""
         raise WrongDerivativeError(
-            f"training gives a gradient to {', '.join(missed[:_LISTED])}{more}, but torch.autograd.grad finds none, so "
-            f"the curvature of {', '.join(owners[:_LISTED])} would be taken for zero; nothing is logged from it. A "
-            "custom autograd function that runs backward() inside does this: avoid it, or pass loss= without it."
+            f"training gives a gradient to {_listed(missed)}, but torch.autograd.grad finds none, so the curvature of "
+            f"{_listed(owners)} would be taken for zero; nothing is logged from it. {_CAUSE}"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
 
 
 def _asymmetry(A: LinearOperator, X: Tensor, products: Tensor) -> float:

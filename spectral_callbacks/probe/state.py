@@ -7,7 +7,7 @@ import functools
 import operator
 import random
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,6 @@ _ATOMS = frozenset(
 _FOREIGN = frozenset(
     {
         "torch",
-        "lightning",
-        "pytorch_lightning",
-        "lightning_fabric",
         "lightning_utilities",
         "builtins",
         "numpy",
@@ -39,6 +36,7 @@ _FOREIGN = frozenset(
         "inspect",
     }
 )
+_LIGHTNING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "spectral_callbacks"})  # with subclasses
 _OPAQUE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
 _LARGE_CONTAINER = 10_000  # entries; a larger one is restored itself, but not what its entries hold
 _LARGE_ARRAY = 2**24  # bytes; a larger numpy array attribute is taken for data and not copied
@@ -104,7 +102,7 @@ class ModuleState:
             _restore_dict(live, saved)
         with torch.no_grad():
             for buffer, copy in self._originals.values():
-                if not torch.equal(buffer, copy):  # reached through an alias
+                if buffer.layout == torch.strided and not torch.equal(buffer, copy):  # reached through an alias
                     buffer.copy_(copy)
 
     def restore_attributes(self) -> None:
@@ -150,7 +148,7 @@ class ModuleState:
                 self._undo.append(_array_restorer(value))
         elif isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
             self._undo.append(_generator_restorer(value))
-        elif isinstance(value, (Dataset, Sampler)) or kind.__module__.partition(".")[0] not in _FOREIGN:
+        elif isinstance(value, (Dataset, Sampler)) or not _is_foreign(kind):
             self._visit_object(value)
 
     def _visit_object(self, value: Any) -> None:
@@ -173,6 +171,11 @@ class ModuleState:
             self._undo.append(functools.partial(_restore_entries, container, list(container)))
         if len(container) <= _LARGE_CONTAINER:
             self._pending.extend(container.values() if isinstance(container, dict) else container)
+
+
+def _is_foreign(kind: type) -> bool:
+    roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    return roots[0] in _FOREIGN or any(root in _LIGHTNING for root in roots)
 
 
 def _restore_dict(live: dict[str, Any], saved: dict[str, Any], separate: tuple[str, ...] = ()) -> None:

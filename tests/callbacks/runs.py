@@ -36,7 +36,7 @@ class Regression(pl.LightningModule):
 
     def __init__(self, optimizer: MakeOptimizer = sgd()) -> None:  # noqa: B008
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        self.net: nn.Sequential = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
         self.make_optimizer = optimizer
         self.num_runs = 0
 

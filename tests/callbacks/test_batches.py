@@ -229,7 +229,7 @@ def test_training_sees_the_batches_it_would_have_seen(kind: str, data: Any) -> N
         assert torch.equal(a, b)
 
 
-def test_training_s_own_loader_is_refused_as_data_where_reading_it_would_start_the_epoch_over() -> None:
+def test_the_training_loader_itself_is_refused_where_reading_it_would_start_the_epoch_over() -> None:
     data = loader(shuffle=True, num_workers=1, persistent_workers=True)
     callback = Sharpness(every_n_steps=1, data=data)
     with pytest.warns(
@@ -256,7 +256,7 @@ def test_batches_made_in_inference_mode_are_measured(data: Any, loss: Any) -> No
     with torch.inference_mode():
         batches = Batches((x * 2, y) for x, y in loader())
     assert batches[0][0].is_inference()
-    fit(CopyingRegression(), callback, data=batches)
+    fit(CopyingRegression(), callback, data=DataLoader(batches, batch_size=None))
     assert series(callback, "sharpness/status") == [0] * 4
 
 

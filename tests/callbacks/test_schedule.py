@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -30,7 +31,7 @@ def test_geometric_is_about_ten_a_decade_evenly_in_the_logarithm() -> None:
     due = [step for step in range(1, 100_001) if Schedule(every_n_steps="geometric").due_at_step(step)]
     for decade in (10, 100, 1000, 10_000):
         assert sum(decade <= step < 10 * decade for step in due) == 10
-    gaps = [math.log10(b / a) for a, b in zip(due, due[1:], strict=False) if a >= 100]
+    gaps = [math.log10(b / a) for a, b in itertools.pairwise(due) if a >= 100]
     assert max(gaps) / min(gaps) < 1.1
 
 
@@ -128,6 +129,16 @@ def test_the_dearest_of_the_last_three_is_expected(clock: Clock) -> None:
     assert budget.affords(0.1)
 
 
+def test_what_no_budget_limits_is_shown_but_not_held_against_it(clock: Clock) -> None:
+    budget = Budget()
+    budget.start()
+    budget.pay_measurement(0.1)
+    clock.now += 100.0
+    budget.pay(90.0, budgeted=False)
+    assert budget.overhead == pytest.approx(0.901)
+    assert budget.affords(0.01)
+
+
 def test_what_a_quiet_time_leaves_over_is_not_spent_in_a_burst(clock: Clock) -> None:
     budget = Budget()
     budget.start()
@@ -135,7 +146,7 @@ def test_what_a_quiet_time_leaves_over_is_not_spent_in_a_burst(clock: Clock) -> 
     clock.now += 1000.0
     measured = simulate(clock, budget, share=0.1, step=1.0, cost=1.0, num_steps=50)
     assert measured[0] == 0
-    assert min(b - a for a, b in zip(measured, measured[1:], strict=False)) >= 9
+    assert min(b - a for a, b in itertools.pairwise(measured)) >= 9
 
 
 def test_time_before_the_start_and_after_the_stop_does_not_count(clock: Clock) -> None:

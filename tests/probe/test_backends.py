@@ -714,7 +714,7 @@ def settings() -> dict[str, Any]:
         "stance": torch._dynamo.eval_frame._stance,
         "reentrant checkpoint": vars(CheckpointFunction).get("apply"),
         "checkpoint": sys.modules[checkpoint.__module__].__dict__["_checkpoint_without_reentrant_generator"],
-        "once differentiable": torch.autograd.function._functions.DelayedError,
+        "once differentiable": torch.autograd.function.BackwardCFunction.apply,
         "modes": torch.overrides._get_current_function_mode_stack(),
         "fast path": torch.backends.mha.get_fastpath_enabled(),
         "cudnn": (

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -70,7 +71,7 @@ def spoil(batch: Any) -> None:
     """Write to every tensor and empty every container, as a training step does that pops the labels."""
     if isinstance(batch, Tensor):
         batch.fill_(9)
-    elif isinstance(batch, collections.abc.MutableMapping):
+    elif isinstance(batch, MutableMapping):
         for value in list(batch.values()):
             spoil(value)
         batch.clear()

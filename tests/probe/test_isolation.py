@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -85,7 +86,7 @@ def test_nothing_that_training_could_notice_changes(busy: Busy, x: Tensor, mode:
         for _ in range(num_evaluations):
             loss = isolation.evaluate(lambda: busy(x), seed=1)
             gradient = torch.autograd.grad(loss, list(busy.body.parameters()), create_graph=True)
-            torch.autograd.grad(sum(g.sum() for g in gradient), list(busy.body.parameters()))
+            torch.autograd.grad([g.sum() for g in gradient], list(busy.body.parameters()))
     assert everything(busy) == before
 
 
@@ -108,7 +109,7 @@ def test_training_goes_on_as_if_nothing_had_been(x: Tensor) -> None:
         for _ in range(3):
             if measured:
                 with undisturbed(module) as isolation:
-                    isolation.evaluate(lambda: module(x), seed=1)
+                    isolation.evaluate(functools.partial(module, x), seed=1)
             module(x)
         losses.append((module.losses, module.accuracy.compute().item()))
     assert losses[0] == losses[1]
@@ -153,8 +154,8 @@ def test_modes_and_buffers_that_the_closure_changes_are_back_for_the_next_evalua
 
 
 def test_eval_switches_every_submodule_and_brings_its_own_mode_back() -> None:
-    module = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(1), nn.Dropout()))
-    module[1][0].eval()
+    frozen = nn.BatchNorm1d(1).eval()
+    module = nn.Sequential(nn.Dropout(), nn.Sequential(frozen, nn.Dropout()))
     with undisturbed(module, mode="eval"):
         assert not any(m.training for m in module.modules())
     assert [m.training for m in module.modules()] == [True, True, True, False, True]
@@ -195,16 +196,16 @@ UPDATES = [frozen_in_place, frozen_through_data, frozen_by_assignment, frozen_by
 def test_a_moving_average_of_the_weights_is_put_back(
     update: Callable[[nn.Module, nn.Module], None], *, hidden: bool
 ) -> None:
-    module = nn.Module()
-    module.student, teacher = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    student, teacher = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    module: Any = nn.ModuleDict({"student": student})
     module.teacher = [teacher] if hidden else teacher
     before = [(p.clone(), p.data_ptr()) for p in teacher.parameters()]
 
     def loss() -> Tensor:
-        update(teacher, module.student)
+        update(teacher, student)
         with torch.no_grad():
             target = teacher(torch.ones(1, 2))
-        return (module.student(torch.ones(1, 2)) - target).square().sum()
+        return (student(torch.ones(1, 2)) - target).square().sum()
 
     with undisturbed(module) as isolation:
         losses = {isolation.evaluate(loss, seed=0).item() for _ in range(2)}
@@ -231,11 +232,12 @@ def trainable_by_assignment(p: Tensor) -> None:
 def test_a_loss_that_writes_to_trainable_parameters_is_refused_and_they_are_put_back(
     write: Callable[[Tensor], None],
 ) -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    last = nn.Linear(2, 1)
+    module = nn.Sequential(nn.Linear(2, 2), last)
     before = [p.clone() for p in module.parameters()]
 
     def loss() -> Tensor:
-        write(module[1].weight)
+        write(last.weight)
         return module(torch.ones(1, 2)).sum()
 
     with undisturbed(module) as isolation:
@@ -268,9 +270,13 @@ def test_an_exception_changes_nothing_either(busy: Busy, x: Tensor, where: str) 
         busy(x)
         raise KeyError("planted")
 
-    with pytest.raises(KeyError, match="planted"), undisturbed(busy, mode="eval") as isolation:
-        isolation.evaluate(fail if where == "inside the closure" else lambda: busy(x), seed=0)
-        raise KeyError("planted")
+    def probe() -> None:
+        with undisturbed(busy, mode="eval") as isolation:
+            isolation.evaluate(fail if where == "inside the closure" else lambda: busy(x), seed=0)
+            raise KeyError("planted")
+
+    with pytest.raises(KeyError, match="planted"):
+        probe()
     assert everything(busy) == before
 
 
@@ -303,26 +309,27 @@ class NestedBackward(torch.autograd.Function):
             return module(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         x = ctx.x.requires_grad_()
         with torch.enable_grad():
             y = ctx.module(x)
-        torch.autograd.backward(y, gradient)
+        torch.autograd.backward(y, gradients[0])
         return x.grad, None
 
 
 @pytest.mark.parametrize("had_gradient", [False, True])
 def test_gradients_survive_a_backward_pass_inside_the_backward_pass(*, had_gradient: bool) -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    first, second = nn.Linear(2, 2), nn.Linear(2, 1)
+    module = nn.Sequential(first, second)
     if had_gradient:
         module(torch.ones(1, 2)).sum().backward()
     before = [(p.grad, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
     with undisturbed(module) as isolation:
-        loss = isolation.evaluate(lambda: NestedBackward.apply(module[0](torch.ones(1, 2)), module[1]).sum(), seed=0)
-        torch.autograd.grad(loss, module[0].weight)
+        loss = isolation.evaluate(lambda: NestedBackward.apply(first(torch.ones(1, 2)), second).sum(), seed=0)
+        torch.autograd.grad(loss, first.weight)
     for p, (gradient, value) in zip(module.parameters(), before, strict=True):
         assert p.grad is gradient
-        assert value is None or torch.equal(p.grad, value)
+        assert value is None or torch.equal(value, gradient if gradient is not None else torch.zeros(()))
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchmetrics
 from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from spectral_callbacks.probe.state import ModuleState
 
@@ -153,7 +154,7 @@ def test_replaced_attributes_come_back_as_the_same_object(kind: str) -> None:
 
 @pytest.mark.parametrize("value", [0, 1.5, "a", None, True, (1, 2), frozenset({1}), 2 + 1j, torch.float32])
 def test_immutable_attributes_come_back(value: Any) -> None:
-    holder = Holder(value)
+    holder: Any = Holder(value)
     state = ModuleState(holder)
     holder.inner.value = "other"
     state.restore()
@@ -161,7 +162,7 @@ def test_immutable_attributes_come_back(value: Any) -> None:
 
 
 def test_new_attributes_go_and_deleted_ones_return() -> None:
-    holder = Holder([1])
+    holder: Any = Holder([1])
     names = list(holder.inner.__dict__)
     state = ModuleState(holder)
     holder.inner.fresh = 1
@@ -310,8 +311,8 @@ def test_batch_norm_statistics_come_back_although_their_version_does_not_move() 
 
 
 def test_modes_come_back_submodule_by_submodule() -> None:
-    module = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.BatchNorm1d(1)))
-    module[1][1].eval()
+    frozen = nn.BatchNorm1d(1).eval()
+    module = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), frozen))
     modes = [m.training for m in module.modules()]
     state = ModuleState(module)
     state.set_training(False)
@@ -331,7 +332,7 @@ class Box:
 
 @pytest.mark.parametrize("hide", [lambda m: [m], lambda m: {"a": (m,)}, Box], ids=["list", "dict of tuples", "object"])
 def test_modules_hidden_from_torch_are_covered_as_the_others_are(hide: Callable[[nn.Module], Any]) -> None:
-    hidden = nn.BatchNorm1d(2)
+    hidden: Any = nn.BatchNorm1d(2)
     hidden.calls = [0]
     holder = Holder(hide(hidden))
     state = ModuleState(holder)
@@ -368,7 +369,7 @@ METRICS: dict[str, Callable[[], torchmetrics.Metric]] = {
 
 
 def feed(metric: Any) -> None:
-    if isinstance(metric, torchmetrics.classification.MulticlassAccuracy):
+    if isinstance(metric, MulticlassAccuracy):
         metric(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
     else:
         metric(torch.tensor([1.0, 2.0]))
@@ -391,9 +392,9 @@ def test_metric_objects_compute_as_if_they_had_not_been_fed(kind: str, fed_befor
 
 
 def test_objects_that_lead_back_to_the_module_are_visited_once() -> None:
-    holder = Holder()
-    box = Box(holder)
-    box.itself = box  # type: ignore[attr-defined]
+    holder: Any = Holder()
+    box: Any = Box(holder)
+    box.itself = box
     holder.inner.value = [box]
     holder.inner.value.append(holder.inner.value)
     state = ModuleState(holder)
