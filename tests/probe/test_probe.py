@@ -138,12 +138,12 @@ def test_the_graph_is_built_once_for_all_that_look(net: Net) -> None:
         return loss_of(module, batch)
 
     with Probe(net, sgd(net), batches(4, 4), loss=counted) as probe:
-        probe.loss()
-        probe.gradient()
         other = probe.with_generator(torch.Generator().manual_seed(1))
         assert other.operator(Hessian) is probe.operator(Hessian)
         assert other.objective is probe.objective
         other.operator(Hessian).to_dense()
+        probe.loss()
+        probe.gradient()
         other.preconditioned(Hessian).to_dense()
     assert len(runs) == 2
 
