@@ -180,6 +180,18 @@ class Search:
             self._krylov.num_matvecs,
         )
 
+    def companions(self, count: int, *, within: float) -> Tensor:  # (n, at most count)
+        """Return the Ritz vectors next to the wanted ones whose values are within some distance of a wanted value."""
+        wanted = self._wanted(self._k)
+        beside = self._beside(count)
+        distances = (self._values[beside, None] - self._values[wanted]).abs().amin(dim=1)
+        return self._krylov.vectors(self._S[:, beside[distances <= within]])
+
+    def _beside(self, count: int) -> Tensor:
+        """Return the indices of the `count` most extreme Ritz values that are not wanted."""
+        more = self._wanted(self._k + count)
+        return more[~torch.isin(more, self._wanted(self._k))]
+
     def _solve(self) -> Status | None:
         """Solve the projected problem; return a status if the search cannot go on."""
         krylov = self._krylov
@@ -215,8 +227,7 @@ class Search:
             return open_pairs[0]
         if len(wanted) < self._k:
             return wanted[0]
-        beside = self._wanted(self._k + (2 if self._which == "BE" else 1))
-        beside = beside[~torch.isin(beside, wanted)]
+        beside = self._beside(2 if self._which == "BE" else 1)
         open_pairs = beside[residuals[beside] > max(_NEXT, _NEXT_LOOSENESS * self._rtol) * scale.min()]
         return open_pairs[0] if len(open_pairs) else None
 

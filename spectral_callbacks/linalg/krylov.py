@@ -116,13 +116,13 @@ class Krylov:
         product = self._A.matmat(self._rows[m][:, None])[:, 0]
         self.num_matvecs += 1
         coefficients, norm = self._orthogonalize(product)
+        if not math.isfinite(coefficients.sum().item() + norm):
+            self.finite = False
+            return
         H = torch.zeros(m + p + 1, m + 1, dtype=torch.float64)
         H[: m + p, :m] = self._H
         H[: m + p, m] = coefficients
         H[m + p, m] = norm
-        if not torch.isfinite(H).all():
-            self.finite = False
-            return
         closed = norm <= _CLOSED * torch.finfo(self._A.dtype).eps * H.abs().max().item()
         if not closed:
             self._rows[m + p] /= norm
@@ -151,18 +151,20 @@ class Krylov:
         # One product gives the second pass and the norm before it; the norm after it is theirs by Pythagoras.
         second = self._A.gram(self._rows[: used + 1].mT, remainder[:, None])[:, 0]
         remainder.addmv_(V, second[:used], alpha=-1)
-        coefficients = torch.stack([torch.nn.functional.pad(first, (0, 1)), second]).to("cpu", torch.float64)
-        square = coefficients[1, used] - coefficients[1, :used].square().sum()
-        return coefficients[:, :used].sum(0), square.clamp_min(0.0).sqrt().item()
+        numbers = torch.cat([first, second]).to("cpu", torch.float64)  # one transfer
+        first, second, square = numbers[:used], numbers[used:-1], numbers[-1]
+        return first + second, (square - second.square().sum()).clamp_min(0.0).sqrt().item()
 
     def _rotate(self, direction: Tensor) -> None:
         """Turn W within its span so that its first column is the direction with these coordinates."""
         m, p = self.dimension, self.num_directions
+        if p == 1:
+            return
         d = direction / torch.linalg.vector_norm(direction)
         reflector = d.clone()
         reflector[0] -= 1.0
         size = torch.linalg.vector_norm(reflector)
-        if p == 1 or size < torch.finfo(torch.float64).eps:
+        if size < torch.finfo(torch.float64).eps:
             return
         householder = torch.eye(p, dtype=torch.float64) - 2 * torch.outer(reflector, reflector) / size**2
         self._rows[m : m + p] = householder.to(self._rows) @ self._rows[m : m + p]

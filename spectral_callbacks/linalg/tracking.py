@@ -87,7 +87,6 @@ class Tracker:
         if pairs.status not in (Status.CONVERGED, Status.BUDGET):
             self.forget()
             return
-        more = search.pairs(self._k + _COMPANIONS, pairs.status)
         self._before = None if self._vectors is None else self._vectors[:, : self._k].clone()
-        distance = (more.values[:, None] - pairs.values).abs().amin(dim=1)  # 0 for the pairs themselves
-        self._vectors = more.vectors[:, distance <= _NEAR * pairs.values.abs().min()]
+        companions = search.companions(_COMPANIONS, within=_NEAR * pairs.values.abs().min().item())
+        self._vectors = torch.cat([pairs.vectors, companions], dim=1)

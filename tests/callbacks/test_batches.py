@@ -131,6 +131,20 @@ def test_train_batches_come_from_the_training_set_in_an_order_of_their_own() -> 
     assert not torch.equal(same, other)
 
 
+class Augmented(Dataset[Any]):
+    """A training set that draws random numbers, from the global generators and from its own."""
+
+    def __init__(self) -> None:
+        self.own = np.random.default_rng(0)
+        self.x, self.y = samples().tensors
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.x[index] + 0.1 * torch.randn(3) + 0.1 * self.own.random() + 0.1 * np.random.rand(), self.y[index]
+
+
 class Batches(Dataset[Any]):
     """Ready batches."""
 
@@ -142,6 +156,20 @@ class Batches(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.batches[index]
+
+
+@pytest.mark.parametrize("data", ["train", "own"])
+def test_what_is_drawn_on_loading_depends_on_the_callbacks_seed_and_not_on_the_runs(data: Any) -> None:
+    seen = []
+    for run_seed, seed in ((0, 0), (1, 0), (0, 1)):
+        torch.manual_seed(run_seed)
+        np.random.seed(run_seed)
+        own = DataLoader(Augmented(), batch_size=8, shuffle=True)
+        callback = Noting(every_n_steps=4, data=own if data == "own" else data, seed=seed)
+        fit(Regression(), callback, data=DataLoader(Augmented(), batch_size=8, shuffle=True))
+        seen.append(callback.seen[0][0][0])
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
 
 
 class Stream(IterableDataset[Any]):
@@ -160,20 +188,6 @@ def test_a_training_set_that_cannot_be_read_twice_is_reported_once(data: Any) ->
         fit(Regression(), callback, data=data)
     assert len(complaints(warned)) == 1
     assert [entry["sharpness/status"] for entry in callback.history] == [2]
-
-
-class Augmented(Dataset[Any]):
-    """A training set that draws random numbers, from the global generators and from its own."""
-
-    def __init__(self) -> None:
-        self.own = np.random.default_rng(0)
-        self.x, self.y = samples().tensors
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.x[index] + 0.1 * torch.randn(3) + 0.1 * self.own.random() + 0.1 * np.random.rand(), self.y[index]
 
 
 class Deck(Sampler[int]):

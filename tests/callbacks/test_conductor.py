@@ -7,12 +7,13 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor, nn
 
 from spectral_callbacks.callbacks import Sharpness, SpectralCallback, conductor
@@ -602,6 +603,19 @@ def test_parameters_that_only_training_reaches_are_reported_with_their_module_an
         assert ["lambda_max" in str(entry) for entry in c.history] == [True] * num_logged + [False]
         assert c.history[-1] == {"step": 0, f"{tag}/status": 2.0}
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint:UserWarning")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+def test_a_callback_that_comes_later_is_tested_anew_where_an_earlier_one_failed(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=2)
+    fit(HiddenAtFirst(), saver, enable_checkpointing=True, max_steps=2, max_epochs=-1)
+    early, late = Sharpness(every_n_steps=1), Sharpness(every_n_steps=4, name="late")
+    with pytest.warns(UserWarning, match="would be taken for zero") as warned:
+        fit(HiddenAtFirst(), early, late, ckpt_path=saver.best_model_path, max_epochs=4)
+    assert len(complaints(warned)) == 2
+    assert steps(early) == [2, 2]
+    assert steps(late) == [4, 4]
 
 
 def test_unused_parameters_are_no_reason_to_complain() -> None:

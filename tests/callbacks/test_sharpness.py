@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_callbacks.callbacks import Sharpness
-from spectral_callbacks.linalg import Status
+from spectral_callbacks.linalg import Status, Tracker
 from spectral_callbacks.operators import Hessian
 from tests.callbacks.runs import MakeOptimizer, Regression, Watch, complaints, fit, loader, samples, series, sgd, steps
 from tests.oracles import dense_hessian
@@ -249,6 +249,15 @@ def test_a_spent_budget_is_said_once_and_logged_each_time() -> None:
     assert len(complaints(warned)) == 1
     assert series(callback, "sharpness/status") == [Status.BUDGET] * 4
     assert series(callback, "sharpness/num_matvecs") == [1] * 4
+
+
+def test_the_status_is_that_of_the_worst_search() -> None:
+    callback = Sharpness(lambda_min=True, every_n_steps=1)
+    callback._bottom = Tracker(which="SA", rtol=1e-6, max_matvecs=1)
+    with pytest.warns(UserWarning, match="The budget of products was spent"):
+        fit(Regression(), callback)
+    assert series(callback, "sharpness/status") == [Status.BUDGET] * 4
+    assert all(entry["sharpness/residual"] <= 0.01 * entry["sharpness/lambda_max"] for entry in callback.history)
 
 
 def test_num_matvecs_counts_every_product_but_the_self_tests(monkeypatch: pytest.MonkeyPatch) -> None:
