@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from lightning.pytorch.demos import boring_classes
 from lightning.pytorch.demos.lstm import LightningLSTM
 from lightning.pytorch.demos.transformer import LightningTransformer
-from torch import Tensor
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import spectral_callbacks.callbacks
@@ -94,6 +95,48 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("run", RUNS)
 def test_training_is_bit_identical_with_it(tmp_path: Path, make: Make, run: str) -> None:
     assert_undisturbed(tmp_path, make(every_n_steps=1, on_error="raise"), **RUNS[run])
+
+
+class Dense(Everything):
+    """Only what runs in float16 on a CPU, and what torch.compile takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Dropout(0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Scaled(MixedPrecision):
+    """Autocast to float16 on the CPU, with a scaler of gradients: made anew for every run."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize("precision", ["full", "training"])
+def test_training_is_bit_identical_under_a_gradient_scaler(tmp_path: Path, make: Make, precision: str) -> None:
+    callback = make(every_n_steps=1, precision=precision, on_error="raise")
+    plain = record(tmp_path, Dense, images, plugins=[Scaled()])
+    measured = record(tmp_path, Dense, images, [callback], own_tags=ours, plugins=[Scaled()])
+    assert plain.differences(measured) == set()
+    assert len(callback.history) == 8
+
+
+class Compiled(Dense):
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled = torch.compile(self.body, backend="aot_eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compiled(x)
+
+
+@pytest.mark.slow
+def test_training_is_bit_identical_with_a_compiled_network(tmp_path: Path, make: Make) -> None:
+    torch.compiler.reset()
+    assert_undisturbed(tmp_path, make(every_n_steps=1, on_error="raise"), Compiled)
 
 
 WAYS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -129,7 +129,7 @@ def record(
     log = Path(logger.log_dir) / "metrics.csv"
     rows = list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
     metrics = {name: plain(v) for name, v in trainer.callback_metrics.items() if not own_tags(name)}
-    hidden = ("_parameters", "_buffers", "_modules", "_trainer")
+    hidden = ("_parameters", "_buffers", "_modules", "_trainer", "_torchdynamo_wrapper_id")
     return Record(
         parts={
             "parameters": plain(dict(module.named_parameters())),

@@ -148,6 +148,18 @@ def test_the_graph_is_built_once_for_all_that_look(net: Net) -> None:
     assert len(runs) == 2
 
 
+def test_a_probe_does_not_touch_cuda_while_training_does_not(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("CUDA is in use already")
+    monkeypatch.setattr(torch.cuda, "_lazy_seed_tracker", torch.cuda._LazySeedTracker())
+    queued = list(torch.cuda._queued_calls)
+    with Probe(net, sgd(net), batches(4), loss=loss_of) as probe:
+        eigsh(probe.operator(Hessian), generator=probe.generator)
+    assert not torch.cuda.is_initialized()
+    assert torch.cuda._queued_calls == queued
+    assert not any(torch.cuda._lazy_seed_tracker.get_calls())
+
+
 def test_generators_differ_while_all_else_is_shared(net: Net) -> None:
     mine = torch.Generator().manual_seed(3)
     with Probe(net, sgd(net), batches(4), loss=loss_of, seed=2) as probe:
