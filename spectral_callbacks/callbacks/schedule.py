@@ -82,6 +82,7 @@ class Budget:
         self._elapsed = 0.0
         self._started: float | None = None
         self._measured_at = 0.0
+        self._is_cold = True
         self._costs: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
 
     @property
@@ -114,6 +115,9 @@ class Budget:
     def pay_measurement(self, seconds: float) -> None:
         """Book the cost of a measurement, and expect the like of it."""
         self.pay(seconds)
+        if len(self._costs) == 1 and self._is_cold:  # the first search starts from nothing; no later one costs as much
+            self._costs.clear()
+            self._is_cold = False
         self._costs.append(seconds)
         self._measured_at = self.elapsed
 

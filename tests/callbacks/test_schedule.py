@@ -117,10 +117,21 @@ def test_what_comes_once_is_paid_back_but_not_expected_again(clock: Clock) -> No
     assert budget.affords(0.1)
 
 
+def test_the_cold_first_search_is_paid_back_but_not_expected_again(clock: Clock) -> None:
+    budget = Budget()
+    budget.start()
+    budget.pay_measurement(30.0)
+    clock.now += 500.0
+    assert not budget.affords(0.1), "the first is expected again until there is a second"
+    budget.pay_measurement(1.0)
+    clock.now += 20.0
+    assert budget.affords(0.1)
+
+
 def test_the_dearest_of_the_last_three_is_expected(clock: Clock) -> None:
     budget = Budget()
     budget.start()
-    for cost in (50.0, 1.0, 1.0):
+    for cost in (1.0, 50.0, 1.0, 1.0):
         budget.pay_measurement(cost)
     clock.now += 900.0
     assert not budget.affords(0.1)
