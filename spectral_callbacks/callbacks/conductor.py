@@ -26,13 +26,17 @@ if TYPE_CHECKING:
     from spectral_callbacks.callbacks.base import SpectralCallback
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Outcome:
-    """What came of one group: readings under their final tags, errors, and the seconds of each callback's own."""
+    """What came of one group: readings under their final tags, errors, and the seconds that went into it.
+
+    `seconds` are those of each callback's own, `once` those of what does not come again.
+    """
 
     readings: dict[SpectralCallback, dict[str, float]] = dataclasses.field(default_factory=dict)
     failures: dict[SpectralCallback, Exception] = dataclasses.field(default_factory=dict)
     seconds: dict[SpectralCallback, float] = dataclasses.field(default_factory=dict)
+    once: float = 0.0
 
 
 class Conductor:
@@ -50,7 +54,6 @@ class Conductor:
         self._budget = Budget()
         self._owed: set[SpectralCallback] = set()
         self._verification = Verification()
-        self._once = 0.0
         self._learning_rates: dict[SpectralCallback, list[float]] = {}
         self._latest: FrozenBatch | None = None
         self._keeps_latest = any(callback.data == "current" for callback in callbacks)
@@ -99,8 +102,10 @@ class Conductor:
             self._measure(trainer, module, due, step, FrozenBatch(batch, batch_idx))
 
     def _keep(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
+        if self._fixed.is_complete:
+            return
         waiting = [callback for callback in self._active() if callback.data == "fixed"]
-        if not waiting or self._fixed.is_complete:
+        if not waiting:
             return
         try:
             self._fixed.see(batch, batch_idx)
@@ -165,12 +170,12 @@ class Conductor:
         recurring = 0.0
         for key, group in groups.items():
             outcome = _Outcome()
-            began, self._once = _clock(trainer), 0.0
+            began = _clock(trainer)
             try:
                 with muted(trainer, module):
                     self._measure_group(trainer, module, key, group, step, current, outcome)
             except Exception as error:  # noqa: BLE001 - whatever goes wrong here, training must go on
-                outcome = _Outcome(failures=dict.fromkeys(group, error))
+                outcome = _Outcome(failures=dict.fromkeys(group, error), once=outcome.once)
             recurring += self._book(group, outcome, _clock(trainer) - began)
             for callback, error in outcome.failures.items():  # here the loggers listen again
                 self._fail(trainer, callback, error, step)
@@ -201,7 +206,7 @@ class Conductor:
     ) -> None:
         """Let a group measure on one probe."""
         first = group[0]
-        batches = self._batches(trainer, module, first)
+        batches = self._batches(trainer, module, first, outcome)
         if batches is None:
             self._owed.update(group)
             return
@@ -219,7 +224,7 @@ class Conductor:
                     self._verification.test(probe, key, curved, upcoming, _generator(probe, first, -1))
                 except Exception as error:  # noqa: BLE001
                     outcome.failures.update(dict.fromkeys(curved, error))
-                self._once += _clock(trainer) - began
+                outcome.once += _clock(trainer) - began
             for callback in group:
                 if callback in outcome.failures:
                     continue
@@ -234,14 +239,14 @@ class Conductor:
     def _book(self, group: list[SpectralCallback], outcome: _Outcome, seconds: float) -> float:
         """Pay what does not come again, or not out of the budget; return what the budgeted callbacks cost each time."""
         if not any(callback.schedule.is_fixed for callback in group):
-            self._budget.pay(self._once)
-            return seconds - self._once
+            self._budget.pay(outcome.once)
+            return seconds - outcome.once
         added = sum(spent for callback, spent in outcome.seconds.items() if not callback.schedule.is_fixed)
         self._budget.pay(seconds - added, budgeted=False)
         return added
 
     def _batches(
-        self, trainer: pl.Trainer, module: pl.LightningModule, callback: SpectralCallback
+        self, trainer: pl.Trainer, module: pl.LightningModule, callback: SpectralCallback, outcome: _Outcome
     ) -> list[FrozenBatch] | None:
         """Return the callback's batches on the module's device, or None while they have not passed."""
         if callback.data == "current":
@@ -253,7 +258,7 @@ class Conductor:
             if key not in self._loaded:
                 began = _clock(trainer)
                 self._loaded[key] = load_batches(trainer, callback.data, callback.num_batches, callback.seed)
-                self._once += _clock(trainer) - began
+                outcome.once += _clock(trainer) - began
             batches = self._loaded[key]
         if batches is None:
             return None

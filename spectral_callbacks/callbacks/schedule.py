@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import time
-from typing import Literal
+from typing import Any, Literal
 
 Every = int | Literal["geometric"] | None
 _PER_DECADE = 10
@@ -129,15 +129,15 @@ class Budget:
         rested = expected <= share * (elapsed - self._measured_at + expected)
         return rested and self._budgeted + expected <= share * (elapsed + expected)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
         return {"spent": self.spent, "budgeted": self._budgeted, "elapsed": self.elapsed, "costs": list(self._costs)}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where another part of the run ended."""
-        self.spent = float(state["spent"])  # type: ignore[arg-type]
-        self._budgeted = float(state["budgeted"])  # type: ignore[arg-type]
-        self._elapsed = float(state["elapsed"])  # type: ignore[arg-type]
+        self.spent = state["spent"]
+        self._budgeted = state["budgeted"]
+        self._elapsed = state["elapsed"]
         self._measured_at = self._elapsed
         self._costs.clear()
-        self._costs.extend(state["costs"])  # type: ignore[arg-type]
+        self._costs.extend(state["costs"])

@@ -163,17 +163,18 @@ class Search:
                 break
         if status is not Status.NONFINITE and krylov.asymmetry > _MAX_ASYMMETRY:
             status = Status.BREAKDOWN
-        return self.pairs(self._k, status)
+        return self._pairs(status)
 
-    def pairs(self, count: int, status: Status) -> Eigenpairs:
-        """Return the best pairs of the basis, fewer than asked for where it has fewer."""
+    def _pairs(self, status: Status) -> Eigenpairs:
+        """Return the wanted pairs of the basis, fewer than asked for where it has fewer."""
         if status is Status.NONFINITE:
-            values = torch.full((count,), torch.nan, dtype=torch.float64)
-            vectors = torch.zeros(self._A.shape[0], count, dtype=self._A.dtype, device=self._A.device)
+            values = torch.full((self._k,), torch.nan, dtype=torch.float64)
+            vectors = torch.zeros(self._A.shape[0], self._k, dtype=self._A.dtype, device=self._A.device)
             return Eigenpairs(values, vectors, values, status, self._krylov.num_matvecs)
-        S = self._S[:, self._wanted(count)]
+        wanted = self._wanted(self._k)
+        S = self._S[:, wanted]
         return Eigenpairs(
-            self._values[self._wanted(count)],
+            self._values[wanted],
             self._krylov.vectors(S),
             torch.hypot(self._krylov.residuals(S), self._krylov.asymmetric_part(S)),
             status,

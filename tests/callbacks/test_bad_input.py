@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader
 
 from spectral_callbacks.callbacks import Sharpness
 from tests.callbacks.runs import Regression, complaints, fit, loader, plain_loss, sgd
+from tests.faults import OnceSquare
 
 
 class Frozen(Regression):
@@ -36,22 +36,10 @@ class ConnectionistTemporal(Regression):
         return F.ctc_loss(scores, torch.ones(2, 2, dtype=torch.long), *lengths)
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return 2 * ctx.saved_tensors[0] * gradients[0]
-
-
 class OnceDifferentiable(Regression):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
-        return _Once.apply(self.net(x) - y).mean()
+        return OnceSquare.apply(self.net(x) - y).mean()
 
 
 class WithoutLoss(Regression):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spectral_callbacks.callbacks import Sharpness, SpectralCallback, conductor
 from tests.callbacks.runs import Regression, Watch, complaints, fit, loader, plain_loss, series, sgd, steps
+from tests.faults import NestedBackward, OnceSquare, SkewedSquare
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4, 5, 6, 7]), (3, [0, 3, 6]), (100, [0])])
@@ -157,19 +158,7 @@ class WithoutSecondDerivative(Regression):
     """Its loss can be differentiated once only."""
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return _Once.apply(super().training_step(batch, batch_idx))
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return 2 * gradients[0] * ctx.saved_tensors[0]
+        return OnceSquare.apply(super().training_step(batch, batch_idx))
 
 
 class GradientNorm(SpectralCallback):
@@ -469,36 +458,13 @@ def test_a_batch_that_cannot_be_copied_is_reported_once_and_the_run_is_unharmed(
     assert trainer.global_step == 4
 
 
-class _WrongGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gradient)
-        return 2 * x * gradient
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        x, gradient = ctx.saved_tensors
-        return (2 * gradients[0] * gradient).roll(1, dims=-1), 2 * x * gradients[0]
-
-
-class _WrongSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _WrongGradient.apply(ctx.saved_tensors[0], gradients[0])
-
-
 class WrongLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _WrongSquare.apply(self.inner(x))
+        return SkewedSquare.apply(self.inner(x))
 
 
 class WrongSecondDerivative(Regression):
@@ -538,31 +504,13 @@ def test_a_self_test_that_told_nothing_is_repeated() -> None:
     assert all("sharpness/lambda_max" not in entry for entry in callback.history)
 
 
-class _Nested(torch.autograd.Function):
-    """A checkpoint of one's own: runs backward() inside the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
-        ctx.module, ctx.x = module, x.detach()
-        with torch.no_grad():
-            return module(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        x = ctx.x.requires_grad_()
-        with torch.enable_grad():
-            y = ctx.module(x)
-        torch.autograd.backward(y, gradients[0])
-        return x.grad, None
-
-
 class Checkpointed(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.block = nn.Sequential(nn.Linear(width, 4), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Nested.apply(x, self.block)
+        return NestedBackward.apply(x, self.block)
 
 
 class HiddenAtFirst(Regression):

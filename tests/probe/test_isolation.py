@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from spectral_callbacks.probe import undisturbed
+from tests.faults import NestedBackward
 
 
 def everything(module: nn.Module) -> dict[str, Any]:
@@ -297,24 +298,6 @@ def test_gradients_are_taken_also_where_they_are_off(context: Callable[[], Any])
         loss = isolation.evaluate(lambda: module(torch.ones(1, 2)).sum(), seed=0)
         assert torch.equal(torch.autograd.grad(loss, module.weight)[0], torch.ones(1, 2))
     assert torch.is_grad_enabled()
-
-
-class NestedBackward(torch.autograd.Function):
-    """As reentrant checkpointing does it: backward() inside the backward pass, which adds to `.grad`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
-        ctx.module, ctx.x = module, x.detach()
-        with torch.no_grad():
-            return module(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x = ctx.x.requires_grad_()
-        with torch.enable_grad():
-            y = ctx.module(x)
-        torch.autograd.backward(y, gradients[0])
-        return x.grad, None
 
 
 @pytest.mark.parametrize("had_gradient", [False, True])

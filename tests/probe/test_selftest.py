@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -21,32 +20,7 @@ from spectral_callbacks.probe import (
     undisturbed,
     unreached_parameters,
 )
-
-
-class _SquareGradient(torch.autograd.Function):
-    """2x, whose own derivative belongs to the wrong entries."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gradient)
-        return 2 * x * gradient
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (v,) = gradients
-        x, gradient = ctx.saved_tensors
-        return (2 * v * gradient).roll(1, dims=-1), 2 * x * v
-
-
-class _Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _SquareGradient.apply(ctx.saved_tensors[0], *gradients)
+from tests.faults import NestedBackward, SkewedSquare
 
 
 class WrongSquare(nn.Module):
@@ -57,7 +31,7 @@ class WrongSquare(nn.Module):
         self.linear = nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Square.apply(self.linear(x))
+        return SkewedSquare.apply(self.linear(x))
 
 
 class Recurrent(nn.Module):
@@ -210,24 +184,6 @@ def test_two_products_are_spent_where_all_is_well() -> None:
 
     check_symmetry(Counted(matrix), ParameterSpace(module), module, generator=torch.Generator().manual_seed(0))
     assert sum(counted) == 2
-
-
-class NestedBackward(torch.autograd.Function):
-    """A checkpoint of one's own: its parameters are reached by `loss.backward()`, and by nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
-        ctx.module, ctx.x = module, x.detach()
-        with torch.no_grad():
-            return module(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x = ctx.x.requires_grad_()
-        with torch.enable_grad():
-            y = ctx.module(x)
-        torch.autograd.backward(y, gradients[0])
-        return x.grad, None
 
 
 class Checkpointed(nn.Module):
