@@ -115,6 +115,8 @@ class Sharpness(SpectralCallback):
         status = max(search.status for search in searches)
         if status is not Status.CONVERGED:
             self.say(f"{status.name.lower()}: {status.remedy}")
+        if status is Status.BREAKDOWN:  # of no symmetric matrix, so these numbers are no eigenvalues
+            readings = {}
         readings["sharpness/num_matvecs"] = sum(search.num_matvecs for search in searches)
         readings["sharpness/status"] = float(status)
         return {tag: value for tag, value in readings.items() if math.isfinite(value)}

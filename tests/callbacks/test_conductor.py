@@ -154,6 +154,24 @@ def test_a_loss_without_a_hash_is_as_good_as_any() -> None:
     assert len(callback.history) == 2
 
 
+class SkewedLater(Regression):
+    """Has a symmetric Hessian while it is tested, and none from the third step on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step < 2:
+            return self.loss(batch)
+        return SkewedSquare.apply(torch.cat([p.flatten() for p in self.parameters()])).sum()
+
+
+def test_products_that_turn_asymmetric_give_a_status_and_no_number() -> None:
+    callback = Sharpness(every_n_steps=1)
+    with pytest.warns(UserWarning, match="breakdown: The products are not those of one symmetric matrix"):
+        fit(SkewedLater(), callback, max_epochs=1)
+    assert [row["sharpness/status"] for row in callback.history] == [0.0, 0.0, 2.0, 2.0]
+    assert ["sharpness/lambda_max" in row for row in callback.history] == [True, True, False, False]
+    assert ["sharpness/stability_ratio" in row for row in callback.history] == [True, True, False, False]
+
+
 class WithoutSecondDerivative(Regression):
     """Its loss can be differentiated once only."""
 
