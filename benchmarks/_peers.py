@@ -1,8 +1,9 @@
-"""Other ways to the leading eigenvalues of a Hessian, each behind one signature, and the truth for all of them."""
+"""Other ways to the eigenvalues, the trace and the spectral density of a Hessian, and the truth for all of them."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import importlib.util
@@ -59,12 +60,7 @@ def pyhessian(problem: Problem, k: int, seed: int) -> Answer:
 
 def curvlinops_eigsh(problem: Problem, k: int, seed: int, *, ncv: int | None = None) -> Answer:
     """curvlinops 3.0.1 and SciPy's `eigsh` at tol=1e-3; ncv=None is SciPy's default, 20 vectors for k <= 9."""
-    criterion = _as_module(problem)
-    data = [(problem.inputs, problem.targets)]
-    operator = _package("curvlinops").HessianLinearOperator(
-        problem.model, criterion, problem.parameters, data, check_deterministic=False, num_data=len(problem.inputs)
-    )
-    A = operator.to_scipy(dtype=np.dtype(np.float32))
+    A = _curvlinops_hessian(problem).to_scipy(dtype=np.dtype(np.float32))
     return _arpack(lambda v: A @ v, problem.size, k, seed, tol=1e-3, ncv=ncv, dtype=np.dtype(np.float32))
 
 
@@ -104,6 +100,77 @@ def truth(problem: Problem, k: int, *, tol: float = 1e-5) -> np.ndarray:  # (k,)
         if len(T) >= _FEWEST and np.all(norm * np.abs(S[-1, -k:]) <= tol * np.abs(values[-k:])):
             return values[: -k - 1 : -1]
         Q = np.vstack([Q, w / norm])
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseHessian:
+    """The whole matrix, (n, n), and its eigenvalues in ascending order, (n,), float64."""
+
+    matrix: Tensor
+    eigenvalues: Tensor
+
+
+def dense_hessian(problem: Problem) -> DenseHessian:
+    """Return the Hessian of a small problem by one backward pass in float64 for each row."""
+    double = dataclasses.replace(problem, model=copy.deepcopy(problem.model).double(), inputs=problem.inputs.double())
+    gradient = torch.autograd.grad(double.loss(), double.parameters, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in gradient])
+    rows = []
+    for unit in torch.eye(len(flat), dtype=flat.dtype).split(128):
+        row = torch.autograd.grad(flat, double.parameters, unit, retain_graph=True, is_grads_batched=True)
+        rows.append(torch.cat([r.reshape(len(unit), -1) for r in row], dim=1))
+    H = torch.cat(rows)
+    return DenseHessian((H + H.mT) / 2, torch.linalg.eigvalsh((H + H.mT) / 2))
+
+
+def pyhessian_trace(problem: Problem, num_matvecs: int, seed: int, *, tol: float = 1e-3) -> Answer:
+    """PyHessian 0.1: Hutchinson's until the mean changes by less than tol, its default; tol=0 takes all products."""
+    with seeded(seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using backward")
+        data = (problem.inputs, problem.targets)
+        solver = _package("pyhessian").hessian(problem.model, problem.criterion, data=data, cuda=False)
+        samples = solver.trace(maxIter=num_matvecs, tol=tol)
+    problem.model.zero_grad()
+    return Answer(np.array([np.mean(samples)]), len(samples))
+
+
+def pyhessian_density(problem: Problem) -> str:
+    """Return how PyHessian 0.1's density ends."""
+    try:
+        with seeded(0), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Using backward")
+            data = (problem.inputs, problem.targets)
+            _package("pyhessian").hessian(problem.model, problem.criterion, data=data, cuda=False).density(iter=3)
+    except RuntimeError as error:
+        return f"fails: {str(error).splitlines()[0][:70]}"
+    finally:
+        problem.model.zero_grad()
+    return "works"
+
+
+def curvlinops_trace(H: Tensor, num_matvecs: int, seed: int, *, method: str) -> float:
+    """curvlinops 3.0.1's `hutchinson_trace`, `hutchpp_trace` or `xtrace` of a dense matrix."""
+    with seeded(seed):
+        return getattr(_package("curvlinops"), method)(H, num_matvecs).item()
+
+
+def curvlinops_density(
+    problem: Problem,
+    boundaries: tuple[float, float],
+    seed: int,
+    *,
+    num_steps: int,
+    num_probes: int,
+) -> tuple[Tensor, Tensor]:  # (g,), (g,)
+    """curvlinops 3.0.1's Lanczos density with its defaults, as points and their mass.
+
+    It is given the ends of the spectrum, which it would find by some 40 more products.
+    """
+    with seeded(seed):
+        grid, density = _package("curvlinops").lanczos_approximate_spectrum(
+            _curvlinops_hessian(problem), num_steps, num_repeats=num_probes, boundaries=boundaries
+        )
+    return grid, density / density.sum()
 
 
 def _double_backward(problem: Problem) -> Callable[[np.ndarray], np.ndarray]:
@@ -159,6 +226,14 @@ def _counted(owner: object, name: str) -> Iterator[list[int]]:
         yield count
     finally:
         setattr(owner, name, original)
+
+
+def _curvlinops_hessian(problem: Problem) -> Any:
+    data = [(problem.inputs, problem.targets)]
+    return _package("curvlinops").HessianLinearOperator(
+        problem.model, _as_module(problem), problem.parameters, data,
+        check_deterministic=False, num_data=len(problem.inputs),
+    )  # fmt: skip
 
 
 def _as_module(problem: Problem) -> torch.nn.Module:

@@ -73,12 +73,17 @@ class Matrix(LinearOperator):
 
 
 class DiagonalCongruence(LinearOperator):
-    """S A S + diag(shift) with a diagonal S: an operator seen in the metric of an optimizer.
+    """± S A S + diag(shift) with a diagonal S: an operator seen in the metric of an optimizer.
 
     Args:
         A: Symmetric, (n, n).
         scale: Diagonal of S, (n,).
         shift: Diagonal that is added, (n,).
+        negative: Take -S A S, the curvature that an optimizer meets which climbs.
+
+    Attributes:
+        scale: As given.
+        shift: As given.
 
     Example:
         >>> import torch
@@ -87,17 +92,18 @@ class DiagonalCongruence(LinearOperator):
         [[2.5, 3.0], [3.0, 18.0]]
     """
 
-    def __init__(self, A: LinearOperator, *, scale: Tensor, shift: Tensor) -> None:
+    def __init__(self, A: LinearOperator, *, scale: Tensor, shift: Tensor, negative: bool = False) -> None:
+        self.scale = scale
+        self.shift = shift
         self._A = A
-        self._scale = scale[:, None]
-        self._shift = shift[:, None]
+        self._left = -scale[:, None] if negative else scale[:, None]
         self.shape = A.shape
         self.dtype = A.dtype
         self.device = A.device
 
     def matmat(self, X: Tensor) -> Tensor:
         """Return the product, at the cost of one product with A."""
-        return self._scale * self._A.matmat(self._scale * X) + self._shift * X
+        return self._left * self._A.matmat(self.scale[:, None] * X) + self.shift[:, None] * X
 
     def gram(self, X: Tensor, Y: Tensor) -> Tensor:
         """Return the inner products as A takes them."""

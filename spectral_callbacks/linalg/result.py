@@ -56,3 +56,23 @@ class Eigenpairs:
     residuals: Tensor
     status: Status
     num_matvecs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number that was estimated from random samples.
+
+    Attributes:
+        value: The estimate.
+        error: Its standard error (one standard deviation), from the samples themselves; infinite where they are too few
+            to tell.
+        num_samples: Independent samples behind it.
+
+    Example:
+        >>> Estimate(3.0, 0.5, num_samples=8)
+        Estimate(value=3.0, error=0.5, num_samples=8)
+    """
+
+    value: float
+    error: float
+    num_samples: int

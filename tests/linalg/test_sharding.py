@@ -18,7 +18,7 @@ from tests.problems import SPECTRA, symmetric
 NUM_RANKS = 2
 
 
-class _Group:
+class Group:
     """Collectives of threads that stand for processes; a rank that does not come breaks the others' wait."""
 
     def __init__(self) -> None:
@@ -33,10 +33,10 @@ class _Group:
         return shares
 
 
-class _Shard(LinearOperator):
+class Shard(LinearOperator):
     """The rows of a symmetric matrix that one rank holds."""
 
-    def __init__(self, A: Tensor, rank: int, group: _Group, *, reduce: bool = True) -> None:
+    def __init__(self, A: Tensor, rank: int, group: Group, *, reduce: bool = True) -> None:
         self._rows = A.tensor_split(NUM_RANKS)[rank]
         self._rank, self._group, self._reduce = rank, group, reduce
         self.shape = (len(self._rows), len(self._rows))
@@ -51,8 +51,8 @@ class _Shard(LinearOperator):
         return torch.stack(self._group.gather(self._rank, local)).sum(0) if self._reduce else local
 
 
-def _on_every_rank(search: Callable[[int, _Group], list[Eigenpairs]]) -> list[list[Eigenpairs]]:
-    group = _Group()
+def _on_every_rank(search: Callable[[int, Group], list[Eigenpairs]]) -> list[list[Eigenpairs]]:
+    group = Group()
     with ThreadPoolExecutor(NUM_RANKS) as ranks:
         running = [ranks.submit(search, rank, group) for rank in range(NUM_RANKS)]
         return [run.result() for run in running]
@@ -64,8 +64,8 @@ def _on_every_rank(search: Callable[[int, _Group], list[Eigenpairs]]) -> list[li
 def test_ranks_decide_alike_and_find_the_eigenvalues_of_the_whole(name: str, which: Which, k: int) -> None:
     A = symmetric(SPECTRA[name])
 
-    def search(rank: int, group: _Group) -> list[Eigenpairs]:
-        shard, generator = _Shard(A, rank, group), torch.Generator().manual_seed(rank)
+    def search(rank: int, group: Group) -> list[Eigenpairs]:
+        shard, generator = Shard(A, rank, group), torch.Generator().manual_seed(rank)
         tracker = Tracker(k, which=which, rtol=1e-3)
         return [
             eigsh(shard, k, which=which, rtol=1e-3, generator=generator),
@@ -87,8 +87,8 @@ def test_inner_products_that_stay_local_are_noticed() -> None:
     """One rank alone would make two searches of one: they part, or find what is no eigenvalue of the whole."""
     A = symmetric(SPECTRA["indefinite"])
 
-    def search(rank: int, group: _Group) -> list[Eigenpairs]:
-        shard = _Shard(A, rank, group, reduce=False)
+    def search(rank: int, group: Group) -> list[Eigenpairs]:
+        shard = Shard(A, rank, group, reduce=False)
         return [eigsh(shard, rtol=1e-3, max_matvecs=8, generator=torch.Generator().manual_seed(rank))]
 
     try:
