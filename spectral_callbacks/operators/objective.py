@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from spectral_callbacks.operators.memory import free_bytes
+from spectral_callbacks.operators.graphs import BatchGraphs, scalar
 from spectral_callbacks.operators.parameters import ParameterSpace
 
 
@@ -27,7 +27,7 @@ class GradientGraph:
     gradient: tuple[Tensor | None, ...]
 
 
-class Objective:
+class Objective(BatchGraphs[GradientGraph]):
     """A weighted mean of losses, one a frozen batch, seen as a function on parameter space.
 
     The gradient graph of each batch is built once and shared by every product at these weights. Where memory is short
@@ -65,45 +65,10 @@ class Objective:
         *,
         keep_graphs: bool | None = None,
     ) -> None:
-        weights = [1.0] * len(losses) if weights is None else list(weights)
-        if not losses or len(weights) != len(losses) or min(weights) < 0 or sum(weights) <= 0:
-            raise ValueError(
-                f"got {len(losses)} losses with weights {weights}; pass at least one loss, and one weight ≥ 0 for each."
-            )
-        self.space = space
+        super().__init__(space, len(losses), weights, keep_graphs)
         self._losses = tuple(losses)
-        self._weights = tuple(w / sum(weights) for w in weights)
-        self._keep_graphs = keep_graphs
-        self._kept: list[GradientGraph] = []
-        self._born_at: list[tuple[int, int]] | None = None
         self._loss: float | None = None
         self._gradient: Tensor | None = None
-
-    @property
-    def keeps_graphs(self) -> bool:
-        """Whether graphs are kept between passes, as decided so far."""
-        return self._keep_graphs is not False
-
-    def graphs(self) -> Iterator[GradientGraph]:
-        """Yield the gradient graph of each batch: kept ones as they are, others built on the way.
-
-        Raises:
-            RuntimeError: If the weights changed since the first pass.
-        """
-        self._check_weights()
-        for index in range(len(self._losses)):
-            if index < len(self._kept):
-                yield self._kept[index]
-                continue
-            before = free_bytes(self.space.device) if self._keep_graphs is None else None
-            graph = self._build(index, create_graph=True)
-            if before is not None:
-                self._weigh(before)
-            if self.keeps_graphs:
-                self._kept.append(graph)
-            yield graph
-        if self._keep_graphs is None:
-            self._keep_graphs = True
 
     def loss(self) -> float:
         """Return the value of the objective."""
@@ -119,7 +84,7 @@ class Objective:
             loss, gradient = 0.0, torch.zeros(self.space.size, dtype=self.space.dtype, device=self.space.device)
             for index in range(len(self._losses)):
                 # Without a kept graph none is built: a gradient alone must not need a second derivative.
-                graph = self._kept[index] if index < len(self._kept) else self._build(index, create_graph=False)
+                graph = self._kept[index] if index < len(self._kept) else self._differentiate(index, create_graph=False)
                 loss += graph.weight * graph.loss.item()
                 gradient.add_(self.space.flatten(graph.gradient), alpha=graph.weight)
             self._loss, self._gradient = loss, gradient
@@ -127,30 +92,14 @@ class Objective:
             self._check_weights()
         return self._loss, self._gradient
 
-    def _build(self, index: int, *, create_graph: bool) -> GradientGraph:
+    def _build(self, index: int) -> GradientGraph:
+        return self._differentiate(index, create_graph=True)
+
+    def _differentiate(self, index: int, *, create_graph: bool) -> GradientGraph:
         with torch.enable_grad():
-            loss = self._losses[index]()
-            if loss.numel() != 1:
-                raise ValueError(f"the loss has shape {tuple(loss.shape)}; return a scalar, for example loss.mean().")
-            loss = loss.reshape(())
+            loss = scalar(self._losses[index]())
             if loss.requires_grad:
                 gradient = torch.autograd.grad(loss, self.space.tensors, create_graph=create_graph, allow_unused=True)
             else:
                 gradient = (None,) * len(self.space.tensors)
-        return GradientGraph(self._weights[index], loss.detach(), gradient)
-
-    def _weigh(self, free_before: int) -> None:
-        free = free_bytes(self.space.device)
-        if free is not None and free < free_before - free:
-            self._keep_graphs = False
-            self._kept.clear()
-
-    def _check_weights(self) -> None:
-        now = [(p._version, p.data_ptr()) for p in self.space.tensors]
-        if self._born_at is None:
-            self._born_at = now
-        elif now != self._born_at:
-            raise RuntimeError(
-                "the parameters changed since this objective was first differentiated, so its graph belongs to old "
-                "weights; build a new objective (or probe) after every optimizer step."
-            )
+        return GradientGraph(self.weights[index], loss.detach(), gradient)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -36,8 +37,78 @@ def copied(batch: Any) -> Any:
         >>> batch
         {'x': tensor([0.]), 'labels': [2]}
     """
-    memo = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors_of(batch)}
-    return copy.deepcopy(batch, memo)
+    return mapped(batch, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
+
+
+def mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return a deep copy in which every tensor is what the function makes of it; one that occurs twice, once.
+
+    Example:
+        >>> import torch
+        >>> mapped({"x": torch.ones(2), "labels": [2]}, lambda t: 3 * t)
+        {'x': tensor([3., 3.]), 'labels': [2]}
+    """
+    tensors = {id(t): t for t in tensors_of(batch)}
+    return copy.deepcopy(batch, {key: function(t) for key, t in tensors.items()})
+
+
+def selected(batch: Any, indices: Tensor) -> Any:
+    """Return a deep copy that holds only some samples: these entries of dimension 0 of every tensor that has one.
+
+    Args:
+        batch: Its tensors are as long as it has samples; those without a dimension are shared by all samples.
+        indices: (m,), of dtype int64.
+
+    Raises:
+        ValueError: If the tensors differ in length, or there is none, so that samples are not defined.
+
+    Example:
+        >>> import torch
+        >>> selected({"x": torch.arange(4), "scale": torch.tensor(2.0)}, torch.tensor([3, 0]))
+        {'x': tensor([3, 0]), 'scale': tensor(2.)}
+    """
+    check_samples(batch)
+    return mapped(batch, lambda t: t.detach()[indices.to(t.device)] if t.ndim > 0 else t.detach().clone())
+
+
+def shares(
+    batches: Sequence[Any],
+    indices: Tensor,  # (m,) of dtype int64, counted over the batches in order
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield, for each batch that samples fall into, its place and their indices within it.
+
+    Raises:
+        ValueError: If there is no index, or no such sample.
+    """
+    total = sum(map(num_samples, batches))
+    whole = indices.dtype in (torch.int32, torch.int64) and indices.ndim == 1 and len(indices)
+    if not whole or indices.min() < 0 or indices.max() >= total:
+        raise ValueError(
+            f"indices={indices.tolist()} must be a vector of at least one int from 0 to {total - 1}, each a sample of "
+            "the batches."
+        )
+    first = 0
+    for place, batch in enumerate(batches):
+        own = indices[(indices >= first) & (indices < first + num_samples(batch))] - first
+        first += num_samples(batch)
+        if len(own):
+            yield place, own
+
+
+def check_samples(batch: Any) -> None:
+    """Raise unless all tensors of the batch that have a dimension 0 agree in its length.
+
+    Raises:
+        ValueError: Naming the shapes.
+    """
+    lengths = list(dict.fromkeys(t.shape[0] for t in tensors_of(batch) if t.ndim > 0))
+    if len(lengths) != 1:
+        found = f"tensors of lengths {', '.join(map(str, lengths))}" if lengths else "no tensor with a dimension"
+        raise ValueError(
+            f"the batch holds {found}, and a sample is one entry of dimension 0 of every tensor; make batches whose "
+            "tensors share dimension 0 (numbers without a dimension are shared by all samples), or leave this "
+            "per-sample quantity out."
+        )
 
 
 def num_samples(batch: Any) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spectral_callbacks.probe.backends import SubstitutedOperations, exact_backends
 from spectral_callbacks.probe.randomness import RandomState, seed_generators
@@ -15,6 +15,7 @@ from spectral_callbacks.probe.state import ModuleState
 from spectral_callbacks.probe.writes import CopyOnWrite
 
 Mode = Literal["train", "eval"]
+_T = TypeVar("_T")
 
 
 class Isolation:
@@ -33,7 +34,7 @@ class Isolation:
         self._mode: Mode = "train"
         self._gradients = [(p, p.grad) for p in module.parameters()]
 
-    def evaluate(self, closure: Callable[[], Tensor], *, seed: int | None) -> Tensor:  # ()
+    def evaluate(self, closure: Callable[[], _T], *, seed: int | None) -> _T:
         """Return what the closure returns, from the same buffers, attributes and random numbers at every call.
 
         Args:
@@ -51,14 +52,14 @@ class Isolation:
         writes = CopyOnWrite([*self._module.parameters(), *self._state.tensors])
         try:
             with torch.enable_grad(), SubstitutedOperations(), writes:
-                loss = closure()
+                result = closure()
         finally:
             written = writes.written
             writes.restore()
             self._state.restore_attributes()
             self.set_training(self._mode)
         self._refuse_moved_parameters(written)
-        return loss
+        return result
 
     def set_training(self, mode: Mode) -> None:
         """Put every submodule into `eval` mode, or each into the mode that training uses."""

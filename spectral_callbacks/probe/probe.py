@@ -12,9 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from spectral_callbacks.linalg import DiagonalCongruence, LinearOperator
-from spectral_callbacks.operators import Objective, ParameterSpace
-from spectral_callbacks.probe.batches import copied, num_samples
+from spectral_callbacks.operators import (
+    Cut,
+    GaussNewton,
+    Objective,
+    OutputObjective,
+    ParameterSpace,
+    SampleCurvature,
+    Samples,
+    gram,
+    sample_curvature,
+    samples_of,
+)
+from spectral_callbacks.probe.batches import copied, num_samples, selected, shares
 from spectral_callbacks.probe.isolation import Isolation, Mode, undisturbed
+from spectral_callbacks.probe.outputs import NoOutputsError, cut
+from spectral_callbacks.probe.samples import frozen_samples
 from spectral_callbacks.stability import Edge, edges
 
 _T = TypeVar("_T")
@@ -35,6 +48,8 @@ class Probe:
         mode: "train" measures the function that the optimizer sees, with its dropout masks frozen; "eval" the one that
             predicts.
         seed: Of the random numbers that the loss draws.
+        outputs: Dotted name of the submodule whose outputs are the model's, for what needs more than a loss; "" is the
+            module's own forward.
 
     Example:
         >>> import torch
@@ -60,11 +75,13 @@ class Probe:
         step: int = 0,
         mode: Mode = "train",
         seed: int = 0,
+        outputs: str | None = None,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
         self.batches = tuple(batches)
         self.step = step
+        self.outputs = outputs
         self.space = ParameterSpace(module, [p for group in optimizer.param_groups for p in group["params"]])
         self.generator = torch.Generator(self.space.device).manual_seed(seed)
         self._loss = loss
@@ -83,11 +100,17 @@ class Probe:
         self._shared.clear()
         self._stack.close()
 
-    def with_generator(self, generator: torch.Generator) -> Self:
-        """Return the same probe, everything shared, with random numbers of its own."""
+    def seen_by(self, generator: torch.Generator, outputs: str | None = None) -> Self:
+        """Return the same probe, everything shared, with random numbers of its own and, if named, other outputs."""
         other = copy.copy(self)
         other.generator = generator
+        other.outputs = self.outputs if outputs is None else outputs
         return other
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples in all batches together."""
+        return sum(map(num_samples, self.batches))
 
     @property
     def objective(self) -> Objective:
@@ -96,29 +119,37 @@ class Probe:
 
     def learning_rates(self) -> tuple[float, ...]:
         """Return the learning rate of each parameter, in the order of the space."""
-        return self._each_parameter([float(group["lr"]) for group in self.optimizer.param_groups])
+        return self._each_parameter(
+            [[float(group["lr"])] * len(group["params"]) for group in self.optimizer.param_groups]
+        )
 
     def edges(self) -> tuple[Edge, ...]:
         """Return the edge of stability of each parameter, in the order of the space.
 
         Raises:
-            NoThresholdError: If none is known for the optimizer.
+            NoThresholdError: If none is known for the optimizer, or none yet.
         """
         return self._each_parameter(edges(self.optimizer))
 
-    def preconditioned(self, kind: Callable[[Objective], LinearOperator]) -> LinearOperator:  # (n, n)
+    def preconditioned(self, kind: Callable[[Objective], LinearOperator]) -> DiagonalCongruence:  # (n, n)
         """Return the operator in the metric of the optimizer, where its edge of stability lies at eigenvalue 1.
 
-        With D = diag(η / threshold) this is D^½ (A + diag(shift)) D^½, each parameter with the edge of its own group.
+        With the preconditioner P and S = (P η / threshold)^½ this is S (A + weight decay) S + shift η / threshold, each
+        parameter with the edge of its own group; of -A under an optimizer that climbs.
 
         Raises:
-            NoThresholdError: If none is known for the optimizer.
+            NoThresholdError: If none is known for the optimizer, or none yet.
         """
         edges = self.edges()
+        preconditioners = [
+            torch.ones_like(p) if edge.preconditioner is None else edge.preconditioner
+            for p, edge in zip(self.space.tensors, edges, strict=True)
+        ]
+        metric = self.space.flatten(preconditioners) * self.space.broadcast([edge.weight for edge in edges])
+        decay = self.space.broadcast([edge.weight_decay for edge in edges])
+        shift = self.space.broadcast([edge.weight * edge.shift for edge in edges])
         return DiagonalCongruence(
-            self.operator(kind),
-            scale=self.space.broadcast([edge.weight**0.5 for edge in edges]),
-            shift=self.space.broadcast([edge.weight * edge.shift for edge in edges]),
+            self.operator(kind), scale=metric.sqrt(), shift=metric * decay + shift, negative=edges[0].ascends
         )
 
     def loss(self) -> float:
@@ -133,6 +164,65 @@ class Probe:
         """Return an operator on parameter space, for example `probe.operator(Hessian)`; the same one at every call."""
         return self._share(kind, lambda: kind(self.objective))
 
+    def gauss_newton(self) -> GaussNewton:  # (n, n)
+        """Return the Gauss-Newton matrix of the loss over the batches; the same one at every call.
+
+        Raises:
+            NoOutputsError: If the probe was given no `outputs`.
+        """
+        return self._share((GaussNewton, self._named_outputs()), self._build_gauss_newton)
+
+    def subset(
+        self,
+        indices: Tensor,  # (m,) of dtype int64, counted over the batches in order; repeats count again
+    ) -> Objective:
+        """Return the same loss on some of the samples: the mean over them, as if they were one batch.
+
+        Each batch is evaluated by itself on its share of them, and the batches are weighed by their shares. So
+        `BatchNorm` normalises within each batch.
+
+        Raises:
+            ValueError: If there is no such sample, or the tensors of a batch do not share dimension 0.
+        """
+        places, own = zip(*shares(self.batches, indices.cpu()), strict=True)
+        losses = [
+            functools.partial(self.evaluate, selected(self.batches[place], chosen), seed=self._seed + place)
+            for place, chosen in zip(places, own, strict=True)
+        ]
+        return Objective(self.space, losses, list(map(len, own)))
+
+    def per_sample_gram(self, count: int | None = None) -> Tensor:  # (N, N)
+        """Return the inner products of the gradients of each sample's own loss, float64 on the CPU.
+
+        A sample's loss is that of a batch of this sample alone. Their mean is the loss of the probe where the loss is a
+        mean over samples; dropout masks are drawn for each sample. Cost: N forward and backward passes of one sample,
+        run together where torch.func.vmap can run the loss.
+
+        Args:
+            count: N, the first ones over the batches in order; all if None.
+
+        Raises:
+            ValueError: If samples have no loss of their own: `BatchNorm` in training mode, or tensors of the batch that
+                do not share dimension 0.
+        """
+        return self._share(("gram", count), lambda: gram(self._samples(count, None)))
+
+    def sample_curvature(self, count: int | None = None) -> SampleCurvature:
+        """Return the Gauss-Newton matrix of each sample, in its output coordinates.
+
+        Cost: N forward and N C backward passes of one sample, run together where torch.func.vmap can run the loss.
+
+        Args:
+            count: N, the first ones over the batches in order; all if None.
+
+        Raises:
+            NoOutputsError: If the probe was given no `outputs`.
+            ValueError: As `per_sample_gram`; also if the result would take more than 2 GiB.
+        """
+        outputs = self._named_outputs()
+        key = (SampleCurvature, outputs, count)
+        return self._share(key, lambda: sample_curvature(self._samples(count, outputs)))
+
     def evaluate(self, batch: Any, *, seed: int | None) -> Tensor:  # ()
         """Return the loss of one batch with its graph, from the state the model was found in.
 
@@ -140,12 +230,24 @@ class Probe:
             batch: What the loss takes.
             seed: Of the random numbers drawn; None draws those that training draws next.
         """
+        return self._isolation.evaluate(lambda: self._loss(self.module, copied(batch)), seed=seed)
+
+    @property
+    def _isolation(self) -> Isolation:
         isolation: Isolation | None = self._shared.get(Isolation)
         if isolation is None:
             raise RuntimeError(
                 "the probe is closed; measure inside `with probe:`, which isolates the model from training."
             )
-        return isolation.evaluate(lambda: self._loss(self.module, copied(batch)), seed=seed)
+        return isolation
+
+    def _named_outputs(self) -> str:
+        if self.outputs is None:
+            raise NoOutputsError(
+                "this quantity needs the model's outputs, and outputs= is None; pass the dotted name of the submodule "
+                'that returns what the loss scores, or outputs="" for the module\'s own forward.'
+            )
+        return self.outputs
 
     def _build_objective(self) -> Objective:
         losses = [
@@ -153,9 +255,29 @@ class Probe:
         ]
         return Objective(self.space, losses, [num_samples(batch) for batch in self.batches])
 
-    def _each_parameter(self, of_groups: Sequence[_T]) -> tuple[_T, ...]:
+    def _build_gauss_newton(self) -> GaussNewton:
+        name = self._named_outputs()
+        cuts = [functools.partial(self._cut, name, batch, self._seed + i) for i, batch in enumerate(self.batches)]
+        sizes = [num_samples(batch) for batch in self.batches]
+        return GaussNewton(OutputObjective(self.space, cuts, sizes, source=f"outputs={name!r}"))
+
+    def _cut(self, name: str, batch: Any, seed: int) -> Cut:
+        def evaluate() -> Cut:
+            return cut(self.module, name, lambda: self._loss(self.module, copied(batch)), self.space.tensors)
+
+        return self._isolation.evaluate(evaluate, seed=seed)
+
+    def _samples(self, count: int | None, outputs: str | None) -> Samples:
+        batches = frozen_samples(
+            self._isolation, self.module, self.space, self._loss, self.batches,
+            count=count, outputs=outputs, seed=self._seed,
+        )  # fmt: skip
+        return samples_of(self.space, batches)
+
+    def _each_parameter(self, of_groups: Sequence[Sequence[_T]]) -> tuple[_T, ...]:
+        """Return what belongs to each parameter of the space, out of one sequence a parameter group."""
         groups = zip(self.optimizer.param_groups, of_groups, strict=True)
-        by_tensor = {id(p): value for group, value in groups for p in group["params"]}
+        by_tensor = {id(p): value for group, values in groups for p, value in zip(group["params"], values, strict=True)}
         return tuple(by_tensor[id(p)] for p in self.space.tensors)
 
     def _share(self, key: Any, build: Callable[[], Any]) -> Any:

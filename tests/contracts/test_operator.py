@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -14,8 +15,20 @@ from torch import Tensor, nn
 
 import spectral_callbacks
 from spectral_callbacks.linalg import DiagonalCongruence, LinearOperator, Matrix
-from spectral_callbacks.operators import Hessian, Objective, ParameterSpace
+from spectral_callbacks.linalg.subspace import Complement
+from spectral_callbacks.operators import (
+    Cut,
+    GaussNewton,
+    Hessian,
+    Objective,
+    OutputGraph,
+    OutputObjective,
+    ParameterSpace,
+)
+from spectral_callbacks.operators.gauss_newton import OutputCurvature
+from spectral_callbacks.operators.outputs import slopes_of
 from tests import oracles, problems
+from tests.operators.dense import dense_gauss_newton
 
 FLOATS = (torch.float32, torch.float64)
 
@@ -47,6 +60,13 @@ def _congruence(dtype: torch.dtype) -> Case:
     return Case(operator, scale[:, None] * A * scale + torch.diag(shift))
 
 
+def _complement(dtype: torch.dtype) -> Case:
+    A = problems.symmetric(problems.SPECTRA["indefinite"])
+    X, _ = torch.linalg.qr(torch.randn(len(A), 3, dtype=torch.float64))
+    P = torch.eye(len(A), dtype=torch.float64) - X @ X.mT
+    return Case(Complement(Matrix(A.to(dtype)), X.to(dtype)), P @ A @ P)
+
+
 def _hessian(dtype: torch.dtype, *, keep_graphs: bool = True) -> Case:
     module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
@@ -69,12 +89,48 @@ def _hessian(dtype: torch.dtype, *, keep_graphs: bool = True) -> Case:
     return Case(Hessian(objective), dense, parameters=tuple(both.parameters()))
 
 
+def _gauss_newton(dtype: torch.dtype, *, keep_graphs: bool = True) -> Case:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    both = nn.ModuleDict({"module": module, "unused": nn.ParameterList([unused])})
+    batches = torch.randn(6, 3, dtype=torch.float64).split([4, 2])
+    weights = (2 / 3, 1 / 3)
+
+    def loss(z: Tensor) -> Tensor:
+        return z.logsumexp(1).square().mean() + z.exp().mean()
+
+    def cut(batch: Tensor) -> Cut:
+        outputs = module(batch.to(next(module.parameters()).dtype))
+        leaf = outputs.detach().requires_grad_()
+        return Cut((outputs,), (leaf,), loss(leaf))
+
+    parameters = list(both.parameters())
+    parts = [w * dense_gauss_newton(module(X), loss, parameters) for w, X in zip(weights, batches, strict=True)]
+    both.to(dtype)
+    cuts = [functools.partial(cut, batch) for batch in batches]
+    objective = OutputObjective(ParameterSpace(both), cuts, weights, keep_graphs=keep_graphs)
+    return Case(GaussNewton(objective), torch.stack(parts).sum(0), parameters=tuple(both.parameters()))
+
+
+def _output_curvature(dtype: torch.dtype) -> Case:
+    A = problems.symmetric(problems.SPECTRA["indefinite"])[:8, :8]
+    first, second = torch.randn(2, 3, dtype=dtype, requires_grad=True), torch.randn(2, dtype=dtype, requires_grad=True)
+    z = torch.cat([first.reshape(-1), second])
+    cut = Cut((), (first, second), z @ (A.to(dtype) @ z) / 2)
+    graph = OutputGraph(1.0, (), cut, slopes_of(cut), (), ())
+    return Case(OutputCurvature(graph), A)
+
+
 OPERATORS: dict[str, tuple[type[LinearOperator], Callable[[torch.dtype], Case]]] = {
     "Matrix": (Matrix, _matrix),
     "Matrix, symmetric": (Matrix, _symmetric_matrix),
     "DiagonalCongruence": (DiagonalCongruence, _congruence),
+    "Complement": (Complement, _complement),
     "Hessian": (Hessian, _hessian),
     "Hessian, graphs not kept": (Hessian, lambda dtype: _hessian(dtype, keep_graphs=False)),
+    "GaussNewton": (GaussNewton, _gauss_newton),
+    "GaussNewton, graphs not kept": (GaussNewton, lambda dtype: _gauss_newton(dtype, keep_graphs=False)),
+    "OutputCurvature": (OutputCurvature, _output_curvature),
 }
 
 
@@ -183,7 +239,8 @@ def _unregistered(classes: Iterable[type[LinearOperator]]) -> set[str]:
 
 def test_every_operator_of_the_package_is_held_to_the_contract() -> None:
     for module in pkgutil.walk_packages(spectral_callbacks.__path__, "spectral_callbacks."):
-        importlib.import_module(module.name)
+        if not module.name.endswith("__main__"):  # which runs
+            importlib.import_module(module.name)
     assert not _unregistered(_subclasses(LinearOperator))
 
 

@@ -187,7 +187,7 @@ def test_graphs_that_are_not_kept_are_built_for_every_pass() -> None:
 
 
 def _free(monkeypatch: pytest.MonkeyPatch, readings: Iterator[int | None]) -> None:
-    monkeypatch.setattr("spectral_callbacks.operators.objective.free_bytes", lambda device: next(readings))
+    monkeypatch.setattr("spectral_callbacks.operators.graphs.free_bytes", lambda device: next(readings))
 
 
 def test_graphs_are_kept_where_memory_is_plenty_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from spectral_callbacks.probe.batches import copied, num_samples, tensors_of
+from spectral_callbacks.probe.batches import copied, mapped, num_samples, selected, shares, tensors_of
 
 A, B, C = torch.zeros(4, 2), torch.ones(4), torch.tensor(3.0)
 
@@ -138,3 +138,74 @@ def test_tensors_come_in_order_from_any_nesting() -> None:
 )
 def test_the_number_of_samples_is_the_first_length(batch: Any, size: int) -> None:
     assert num_samples(batch) == size
+
+
+def test_a_batch_is_mapped_tensor_by_tensor_and_each_of_them_once() -> None:
+    seen: list[Tensor] = []
+
+    def doubled(tensor: Tensor) -> Tensor:
+        seen.append(tensor)
+        return 2 * tensor
+
+    batch = {"a": [A, B], "again": A, "n": Pair(C, ["word"]), "s": Frozen(B, [7])}
+    found = mapped(batch, doubled)
+    assert [id(t) for t in seen] == [id(t) for t in (A, B, C)]
+    assert found["again"] is found["a"][0]
+    assert type(found["n"]) is Pair
+    assert torch.equal(found["n"].x, 2 * C)
+    assert torch.equal(found["s"].x, 2 * B)
+    assert found["n"].labels == ["word"]
+
+
+CHOSEN = torch.tensor([3, 0, 3])
+
+
+def tokens() -> dict[str, Any]:
+    return {"x": torch.arange(8).view(4, 2), "labels": [torch.arange(4)], "scale": torch.tensor(2.0), "name": "a"}
+
+
+NESTED: dict[str, Callable[[], Any]] = {
+    "dict": tokens,
+    "list": lambda: [torch.arange(4), torch.arange(4.0)],
+    "tuple": lambda: (torch.arange(4), (torch.arange(4.0), 3)),
+    "named tuple": lambda: Pair(torch.arange(4), [torch.arange(4.0)]),
+    "dataclass": lambda: Sample(torch.arange(4), tokens()),
+    "frozen dataclass": lambda: Frozen(torch.arange(4), [tokens()]),
+    "mapping": lambda: Encoding(x=torch.arange(4)),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_samples_are_selected_from_every_tensor(kind: str) -> None:
+    batch = NESTED[kind]()
+    found = selected(batch, CHOSEN)
+    assert type(found) is type(batch)
+    for before, after in zip(tensors_of(batch), tensors_of(found), strict=True):
+        assert torch.equal(after, before[CHOSEN] if before.ndim else before)
+    spoil(found)
+    assert repr(batch) == repr(NESTED[kind]())
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.zeros(4, 2), torch.zeros(3)), "tensors of lengths 4, 3, and a sample is one entry of dimension 0"),
+        ({"scale": C, "name": "x"}, "no tensor with a dimension"),
+        ([], "no tensor with a dimension"),
+    ],
+)
+def test_a_batch_without_samples_says_so(batch: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"the batch holds {message}"):
+        selected(batch, torch.tensor([0]))
+
+
+def test_indices_over_several_batches_fall_into_them_in_order() -> None:
+    batches = [torch.zeros(3), torch.zeros(2), torch.zeros(4)]
+    found = {place: own.tolist() for place, own in shares(batches, torch.tensor([8, 0, 5, 2, 0]))}
+    assert found == {0: [0, 2, 0], 2: [3, 0]}
+
+
+@pytest.mark.parametrize("wrong", [[], [[0]], [-1], [9], [0.5], [True]])
+def test_an_index_that_is_no_sample_is_refused(wrong: list[Any]) -> None:
+    with pytest.raises(ValueError, match="must be a vector of at least one int from 0 to 8, each a sample"):
+        list(shares([torch.zeros(3), torch.zeros(6)], torch.tensor(wrong)))

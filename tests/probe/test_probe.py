@@ -119,8 +119,13 @@ def test_training_in_a_plain_loop_is_bit_identical_with_probes(net: Net) -> None
         optimizer = sgd(module, momentum=0.9)
         for step, batch in enumerate(batches(8, 8, 8, dtype=torch.float32)):
             if measured:
-                with Probe(module, optimizer, [batch], loss=loss_of, step=step) as probe:
+                with Probe(module, optimizer, [batch], loss=loss_of, step=step, outputs="") as probe:
                     eigsh(probe.operator(Hessian), generator=probe.generator)
+                    eigsh(probe.gauss_newton(), generator=probe.generator)
+                    probe.subset(torch.tensor([5, 1])).gradient()
+                with Probe(module, optimizer, [batch], loss=loss_of, mode="eval", outputs="") as probe:
+                    probe.per_sample_gram()
+                    probe.sample_curvature()
             loss = loss_of(module, batch)
             optimizer.zero_grad()
             loss.backward()
@@ -138,7 +143,7 @@ def test_the_graph_is_built_once_for_all_that_look(net: Net) -> None:
         return loss_of(module, batch)
 
     with Probe(net, sgd(net), batches(4, 4), loss=counted) as probe:
-        other = probe.with_generator(torch.Generator().manual_seed(1))
+        other = probe.seen_by(torch.Generator().manual_seed(1))
         assert other.operator(Hessian) is probe.operator(Hessian)
         assert other.objective is probe.objective
         other.operator(Hessian).to_dense()
@@ -163,7 +168,7 @@ def test_a_probe_does_not_touch_cuda_while_training_does_not(net: Net, monkeypat
 def test_generators_differ_while_all_else_is_shared(net: Net) -> None:
     mine = torch.Generator().manual_seed(3)
     with Probe(net, sgd(net), batches(4), loss=loss_of, seed=2) as probe:
-        assert probe.with_generator(mine).generator is mine
+        assert probe.seen_by(mine).generator is mine
         assert probe.generator.initial_seed() == 2
 
 
@@ -173,6 +178,8 @@ CALLS: dict[str, Callable[[Probe], object]] = {
     "hessian": lambda probe: probe.operator(Hessian).to_dense(),
     "preconditioned": lambda probe: probe.preconditioned(Hessian).to_dense(),
     "evaluate": lambda probe: probe.evaluate(probe.batches[0], seed=0),
+    "gauss_newton": lambda probe: probe.seen_by(probe.generator, "").gauss_newton().to_dense(),
+    "subset": lambda probe: probe.subset(torch.tensor([2, 0])).gradient(),
 }
 
 
@@ -183,7 +190,7 @@ def test_a_closed_probe_says_so(net: Net, call: str) -> None:
         CALLS[call](probe)
     with probe:
         CALLS[call](probe)
-        shared = probe.with_generator(torch.Generator())
+        shared = probe.seen_by(torch.Generator())
     for closed in (probe, shared):
         with pytest.raises(RuntimeError, match="the probe is closed"):
             CALLS[call](closed)
@@ -284,7 +291,7 @@ def test_edges_follow_the_order_of_the_space_and_see_the_present_learning_rate(n
 
 def test_an_optimizer_without_a_rule_has_no_edges(net: Net) -> None:
     probe = Probe(net, torch.optim.LBFGS(net.parameters()), batches(4), loss=loss_of)
-    with pytest.raises(NoThresholdError, match="no stability rule is known for LBFGS"):
+    with pytest.raises(NoThresholdError, match="LBFGS has no finite threshold"):
         probe.edges()
 
 

@@ -1,0 +1,222 @@
+"""Samples: each alone a function of the parameters, its Jacobian row by row."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from spectral_callbacks.operators.outputs import Cut, slopes_of
+from spectral_callbacks.operators.parameters import ParameterSpace
+
+_GRAM_BYTES = 2**31  # of the result
+_ROWS_AT_ONCE = 256  # backward passes run as one, which bounds their activations
+_MARGIN = 3.0  # in units of √ε, between two ways to the same derivative
+_T = TypeVar("_T")
+
+SampleFunction = Callable[[Sequence[Tensor], Tensor | None], tuple[Tensor, Tensor]]
+"""(parameters, shift (C,) of the outputs or None) -> (loss (), outputs (C,)) of one sample."""
+
+
+class SampleBatch(abc.ABC):
+    """One frozen batch, seen sample by sample.
+
+    Attributes:
+        size: Number of samples.
+    """
+
+    size: int
+
+    @abc.abstractmethod
+    def cut(self, index: int) -> Cut:
+        """Return one sample alone, evaluated plainly."""
+
+    @abc.abstractmethod
+    def vmap(self, function: Callable[[SampleFunction], _T], samples: range) -> _T:
+        """Return what a function makes of each of these samples, stacked, all at once by `torch.func.vmap`."""
+
+
+class Chunk(NamedTuple):
+    """Jacobian rows that are computed together: some samples of a batch, and some of their outputs."""
+
+    batch: int
+    samples: range
+    outputs: range
+
+
+class Samples(abc.ABC):
+    """Jacobian rows and loss derivatives of samples, chunk by chunk.
+
+    Args:
+        space: The parameters.
+        batches: The samples, in order.
+        num_outputs: C, of each sample.
+
+    Attributes:
+        held_bytes: Memory of all rows that may be held at a time.
+    """
+
+    held_bytes: int = 2**28
+
+    def __init__(self, space: ParameterSpace, batches: Sequence[SampleBatch], num_outputs: int) -> None:
+        self.space = space
+        self.batches = tuple(batches)
+        self.num_outputs = num_outputs
+        self.num_samples = sum(batch.size for batch in batches)
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one row of the Jacobian."""
+        return sum(p.numel() * p.element_size() for p in self.space.tensors)
+
+    @abc.abstractmethod
+    def rows(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        """Return rows of the Jacobian, samples first: one (rows, entries) tensor for each parameter."""
+
+    @abc.abstractmethod
+    def scores(self, batch: int, samples: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Return losses (m,), slopes (m, C) and curvatures (m, C, C)."""
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield all chunks, in the order of their rows."""
+        limit = max(1, min(_ROWS_AT_ONCE, self.held_bytes // 2 // self.row_bytes))
+        for batch, samples in self.sample_chunks(max(1, limit // self.num_outputs)):
+            for outputs in _split(range(self.num_outputs), limit):
+                yield Chunk(batch, samples, outputs)
+
+    def sample_chunks(self, limit: int) -> Iterator[tuple[int, range]]:
+        """Yield the samples that are run together, as batch and indices."""
+        for batch in range(len(self.batches)):
+            for samples in _split(range(self.batches[batch].size), limit):
+                yield batch, samples
+
+
+class Looped(Samples):
+    """One sample after the other, with code of any kind: N forward and N C backward passes of one sample each."""
+
+    def rows(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        """Return rows by one backward pass each."""
+        rows: list[list[Tensor]] = []
+        for index in chunk.samples:
+            outputs = self._outputs(chunk.batch, index)
+            for c in chunk.outputs:
+                rows.append([g.reshape(-1) for g in self._gradient(outputs[c])])
+        return tuple(map(torch.stack, zip(*rows, strict=True)))
+
+    def scores(self, batch: int, samples: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Return them by C backward passes of the loss alone."""
+        cuts = [self.batches[batch].cut(index) for index in samples]
+        slopes, curvatures = zip(*map(_slope_and_curvature, cuts), strict=True)
+        losses = [cut.loss.detach().reshape(()) for cut in cuts]
+        return torch.stack(losses), torch.stack(slopes), torch.stack(curvatures)
+
+    def _outputs(self, batch: int, index: int) -> Tensor:
+        cut = self.batches[batch].cut(index)
+        outputs = torch.cat([z.reshape(-1) for z in cut.outputs])
+        if len(outputs) != self.num_outputs:
+            raise ValueError(
+                f"sample {index} of batch {batch} has {len(outputs)} outputs and the first sample {self.num_outputs}; "
+                "per-sample quantities need outputs of one shape: pad the batches to one length."
+            )
+        return outputs
+
+    def _gradient(self, output: Tensor) -> list[Tensor]:
+        parameters = self.space.tensors
+        if not output.requires_grad:
+            return [torch.zeros_like(p) for p in parameters]
+        gradient = torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
+        dense = [g.to_dense() if g is not None and g.layout != torch.strided else g for g in gradient]
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, dense, strict=True)]
+
+
+class Vectorized(Samples):
+    """All samples of a chunk at once, by `torch.func.vmap`: raises where the model runs code that is not a function."""
+
+    def rows(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        """Return rows by as many backward passes as there are, run as one."""
+        parameters = tuple(p.detach() for p in self.space.tensors)
+
+        def rows_of(sample: SampleFunction) -> tuple[Tensor, ...]:
+            outputs, pull, *_ = torch.func.vjp(lambda *theta: sample(theta, None)[1], *parameters)
+            first = chunk.outputs.start
+            unit = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
+            return torch.func.vmap(pull)(unit[first : chunk.outputs.stop])
+
+        rows = self.batches[chunk.batch].vmap(rows_of, chunk.samples)
+        return tuple(r.detach().reshape(len(chunk.samples) * len(chunk.outputs), -1) for r in rows)
+
+    def scores(self, batch: int, samples: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Return them by reverse mode, twice."""
+        parameters = tuple(p.detach() for p in self.space.tensors)
+
+        def scores_of(sample: SampleFunction) -> tuple[Tensor, Tensor, Tensor]:
+            dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+            zero = torch.zeros(self.num_outputs, dtype=dtype, device=self.space.device)
+
+            def slope_and_loss(shift: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+                slope, loss = torch.func.grad_and_value(lambda shift: sample(parameters, shift)[0])(shift)
+                return slope, (slope, loss)
+
+            derivatives = torch.func.jacrev(slope_and_loss, has_aux=True)
+            curvature, (slope, loss) = derivatives(zero)
+            return loss, slope, curvature
+
+        loss, slope, curvature = self.batches[batch].vmap(scores_of, samples)
+        return loss.detach(), slope.detach(), curvature.detach()
+
+
+def samples_of(space: ParameterSpace, batches: Sequence[SampleBatch]) -> Samples:
+    """Return the samples, vectorized if that works and agrees with plain autograd on the first one, else looped.
+
+    Raises:
+        ValueError: If inner products of all their Jacobian rows would take more than 2 GiB.
+    """
+    num_samples, num_outputs = sum(batch.size for batch in batches), sum(z.numel() for z in batches[0].cut(0).outputs)
+    num_bytes = 8 * (num_samples * num_outputs) ** 2
+    if num_bytes > _GRAM_BYTES:
+        fitting = math.isqrt(_GRAM_BYTES // 8) // num_outputs
+        remedy = f"pass num_samples={fitting} or fewer" if fitting else "leave this quantity out"
+        raise ValueError(
+            f"the inner products of the Jacobian rows of {num_samples} samples with {num_outputs} outputs each take "
+            f"{num_bytes / 2**30:.3g} GiB, and {_GRAM_BYTES // 2**30} GiB are allowed; {remedy}."
+        )
+    looped, vectorized = Looped(space, batches, num_outputs), Vectorized(space, batches, num_outputs)
+    try:
+        plain, fast = map(_first, (looped, vectorized))
+    except Exception:  # noqa: BLE001 - the user's code under transforms of torch; what is its own fault the loop raises
+        return looped
+    return vectorized if all(map(_agree, plain, fast)) else looped
+
+
+def _slope_and_curvature(cut: Cut) -> tuple[Tensor, Tensor]:
+    sizes = [leaf.numel() for leaf in cut.leaves]
+    slopes = slopes_of(cut)
+    dense = [torch.zeros_like(z) if s is None else s for s, z in zip(slopes, cut.leaves, strict=True)]
+    slope = torch.cat([s.reshape(-1) for s in dense])
+    if not slope.requires_grad:
+        return slope, slope.new_zeros(sum(sizes), sum(sizes))
+    rows = [
+        torch.autograd.grad(s, cut.leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for s in slope.unbind()
+    ]
+    return slope.detach(), torch.stack([torch.cat([r.reshape(-1) for r in row]) for row in rows])
+
+
+def _first(samples: Samples) -> tuple[Tensor, Tensor]:
+    """Return a row, and the scores, of the first sample."""
+    row, scores = samples.rows(Chunk(0, range(1), range(1))), samples.scores(0, range(1))
+    return torch.cat([r.reshape(-1) for r in row]), torch.cat([s.reshape(-1) for s in scores])
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    margin = _MARGIN * math.sqrt(torch.finfo(b.dtype).eps)
+    return a.shape == b.shape and bool((a - b).abs().max() <= margin * a.abs().max())
+
+
+def _split(whole: range, limit: int) -> Iterator[range]:
+    for start in range(whole.start, whole.stop, limit):
+        yield range(start, min(start + limit, whole.stop))

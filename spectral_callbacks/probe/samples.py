@@ -1,0 +1,163 @@
+"""Samples: a frozen batch evaluated sample by sample, each alone."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from spectral_callbacks.operators import Cut, ParameterSpace, SampleBatch, SampleFunction, scalar
+from spectral_callbacks.probe.batches import check_samples, mapped, num_samples, selected, tensors_of
+from spectral_callbacks.probe.isolation import Isolation
+from spectral_callbacks.probe.outputs import cut, intercepted
+
+_T = TypeVar("_T")
+
+
+class FrozenSamples(SampleBatch):
+    """One frozen batch: its samples are the entries of dimension 0 of its tensors.
+
+    Args:
+        isolation: Of the module.
+        module: In training.
+        space: Its parameters that are measured.
+        loss: (module, batch) -> scalar Tensor.
+        batch: What the loss takes.
+        size: How many of its samples to take, the first ones.
+        outputs: Name of the submodule whose outputs are the model's; None takes the loss for the output.
+        seeds: Of the random numbers, by the first sample that is run.
+
+    Raises:
+        ValueError: If samples of the batch are not defined.
+    """
+
+    def __init__(
+        self,
+        isolation: Isolation,
+        module: nn.Module,
+        space: ParameterSpace,
+        loss: Callable[[nn.Module, Any], Tensor],
+        batch: Any,
+        size: int,
+        outputs: str | None,
+        seeds: range,
+    ) -> None:
+        check_samples(batch)
+        self.size = size
+        self._isolation = isolation
+        self._module = module
+        self._space = space
+        self._loss = loss
+        self._batch = batch
+        self._outputs = outputs
+        self._seeds = seeds
+
+    def cut(self, index: int) -> Cut:
+        """Return one sample alone, evaluated plainly."""
+        one = selected(self._batch, torch.tensor([index]))
+        return self._isolation.evaluate(lambda: self._cut(one), seed=self._seeds[index])
+
+    def vmap(self, function: Callable[[SampleFunction], _T], samples: range) -> _T:
+        """Return what a function makes of each of these samples, stacked; every sample draws its own random numbers."""
+        unique = {id(t): t for t in tensors_of(self._batch)}
+        keys = [key for key, t in unique.items() if t.ndim > 0]
+        stacked = [unique[key].detach()[samples.start : samples.stop].clone() for key in keys]
+
+        def one(*tensors: Tensor) -> _T:
+            alone = {key: t.unsqueeze(0) for key, t in zip(keys, tensors, strict=True)}
+            batch = mapped(self._batch, lambda t: alone[id(t)] if id(t) in alone else t.detach().clone())
+            return function(functools.partial(self._run, batch))
+
+        run = torch.no_grad()(torch.func.vmap(one, randomness="different"))  # torch.func tracks what it differentiates
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")  # of vmap, against what would be best
+            return self._isolation.evaluate(lambda: run(*stacked), seed=self._seeds[samples.start])
+
+    def _cut(self, batch: Any) -> Cut:
+        if self._outputs is not None:
+            return cut(self._module, self._outputs, lambda: self._loss(self._module, batch), self._space.tensors)
+        loss = scalar(self._loss(self._module, batch))
+        leaf = loss.detach().requires_grad_()
+        return Cut((loss,), (leaf,), leaf.clone())
+
+    def _run(self, batch: Any, parameters: Sequence[Tensor], shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Evaluate one sample as a function of the parameters and of a shift of its outputs."""
+        outputs: list[Tensor] = []
+        place = 0
+
+        def replace(output: Tensor) -> Tensor:
+            nonlocal place
+            outputs.append(output)
+            if shift is None:
+                return output.clone()
+            own = shift[place : place + output.numel()].reshape(output.shape)
+            place += output.numel()
+            return output.detach() + own.to(output.dtype)
+
+        within = contextlib.nullcontext()
+        if self._outputs is not None:
+            within = intercepted(self._module, self._outputs, replace)
+        swapped = dict(zip([f"module.{name}" for name in self._space.names], parameters, strict=True))
+        with within:
+            loss = torch.func.functional_call(_Evaluated(self._module, self._loss), swapped, (batch,)).reshape(())
+        if self._outputs is None:
+            return (loss if shift is None else loss.detach() + shift.reshape(())), loss.reshape(1)
+        return loss, torch.cat([z.reshape(-1) for z in outputs])
+
+
+class _Evaluated(nn.Module):
+    """A module and its loss, so that `functional_call` can run both."""
+
+    def __init__(self, module: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self._loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss(self.module, batch)
+
+
+def frozen_samples(
+    isolation: Isolation,
+    module: nn.Module,
+    space: ParameterSpace,
+    loss: Callable[[nn.Module, Any], Tensor],
+    batches: Sequence[Any],
+    *,
+    count: int | None,
+    outputs: str | None,
+    seed: int,
+) -> list[SampleBatch]:
+    """Return the first samples over all batches, batch by batch; all of them where no count is given.
+
+    Raises:
+        ValueError: If not even one is asked for, or samples have no loss of their own.
+    """
+    left = sum(map(num_samples, batches)) if count is None else count
+    if left < 1:
+        raise ValueError(f"got {left} samples to measure on; pass at least 1.")
+    _refuse_coupling(module)
+    found: list[SampleBatch] = []
+    for index, batch in enumerate(batches):
+        size = min(left, num_samples(batch))
+        left -= size
+        if size:
+            seeds = range(seed + index, seed + index + size * len(batches), len(batches))
+            found.append(FrozenSamples(isolation, module, space, loss, batch, size, outputs, seeds))
+    return found
+
+
+def _refuse_coupling(module: nn.Module) -> None:
+    """Raise if a module normalises by the statistics of the batch, so that a sample depends on the others."""
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, _BatchNorm) and (submodule.training or submodule.running_mean is None):
+            raise ValueError(
+                f"{type(submodule).__name__} {name!r} normalises by the statistics of the batch, so no sample has a "
+                'loss of its own; measure with mode="eval" (running statistics), or leave this per-sample quantity out.'
+            )
