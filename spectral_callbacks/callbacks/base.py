@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, get_args
@@ -17,6 +18,7 @@ from spectral_callbacks.callbacks.batches import Data
 from spectral_callbacks.callbacks.conductor import Conductor
 from spectral_callbacks.callbacks.loss import Loss, fetches_batches
 from spectral_callbacks.callbacks.muting import Precision
+from spectral_callbacks.callbacks.reading import Reading
 from spectral_callbacks.callbacks.schedule import Schedule
 from spectral_callbacks.probe import Mode, Probe
 from spectral_callbacks.tags import Chart, check_tag, rename
@@ -41,6 +43,8 @@ class SpectralCallback(pl.Callback, abc.ABC):
         mode: "train" measures the function that the optimizer sees, dropout masks frozen; "eval" the one that predicts.
         loss: The loss that is differentiated: (pl_module, batch) -> scalar Tensor, or the dotted path of such a
             function. By default `training_step` is run again. Required under manual optimization.
+        outputs: Dotted name of the submodule whose output is the model's output, for quantities that need more than
+            a scalar loss, such as the Gauss-Newton matrix; "" is the module's own forward. Left out, so are they.
         precision: "full" measures in the parameters' own dtype; "training" under the autocast of training.
         optimizer: Index of the optimizer that is judged, and whose parameters are measured.
         name: First segment of the tags, so that two instances can stand side by side.
@@ -48,7 +52,7 @@ class SpectralCallback(pl.Callback, abc.ABC):
         on_error: "warn" reports a failure once and lets training go on; "raise" is for tests.
 
     Attributes:
-        history: One dict a measurement, `{"step": int, tag: float, ...}`; a logger is not needed.
+        history: One dict a measurement, `{"step": int, tag: reading, ...}`; a logger is not needed.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -68,6 +72,7 @@ class SpectralCallback(pl.Callback, abc.ABC):
         num_batches: int = 1,
         mode: Literal["train", "eval"] = "train",
         loss: Callable[[Any, Any], Tensor] | str | None = None,
+        outputs: str | None = None,
         precision: Literal["full", "training"] = "full",
         optimizer: int = 0,
         name: str | None = None,
@@ -97,20 +102,21 @@ class SpectralCallback(pl.Callback, abc.ABC):
         self.num_batches = num_batches
         self.mode: Mode = mode
         self.loss: Loss | None = _resolve(loss)
+        self.outputs = outputs
         self.precision: Precision = precision
         self.optimizer = optimizer
         self.name = name or self.diagnostic
         check_tag(f"{self.name}/x")
         self.seed = seed
         self.on_error = on_error
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
         self.silenced = False
         self._said: set[str] = set()
         self._conductor: Conductor | None = None
 
     @abc.abstractmethod
-    def measure(self, probe: Probe) -> Mapping[str, float]:
-        """Return the readings of one probe, tag -> number; tags begin with `diagnostic`."""
+    def measure(self, probe: Probe) -> Mapping[str, Reading]:
+        """Return the readings of one probe, tag -> number or spectrum; most tags begin with `diagnostic`."""
 
     def failure(self) -> Mapping[str, float]:
         """Return what is logged in place of readings when measuring failed."""
@@ -119,12 +125,27 @@ class SpectralCallback(pl.Callback, abc.ABC):
     def forget(self) -> None:
         """Drop what earlier measurements left behind; called when a fit begins."""
 
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Read what the run has to tell, for example its batch size; called when a fit begins that can be measured."""
+
     @property
     def state_key(self) -> str:
         """Tells instances apart in checkpoints: by name and rhythm."""
         return self._generate_state_key(
             name=self.name, every_n_steps=self.schedule.every_n_steps, every_n_epochs=self.schedule.every_n_epochs
         )
+
+    def begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Begin a fit cold, or stay silent in one that cannot be measured."""
+        self.forget()
+        reason = self.refusal(trainer, module)
+        if reason is not None:
+            self.fail(ValueError(reason))
+            return
+        try:
+            self.prepare(trainer, module)
+        except Exception as error:  # noqa: BLE001 - training must go on
+            self.fail(error)
 
     def say(self, message: str) -> None:
         """Warn, once a run for each message."""
@@ -140,16 +161,19 @@ class SpectralCallback(pl.Callback, abc.ABC):
         self.forget()
         self.say(f"{error} Training goes on without this diagnostic.")
 
-    def renamed(self, readings: Mapping[str, float]) -> dict[str, float]:
+    def renamed(self, readings: Mapping[str, Reading]) -> dict[str, Reading]:
         """Return the readings under this instance's name.
 
         Raises:
             ValueError: If a tag is none that every logger can take.
         """
-        return {
-            rename(check_tag(tag), self.name) if tag.startswith(f"{self.diagnostic}/") else check_tag(tag): value
-            for tag, value in readings.items()
-        }
+        return {self._own(check_tag(tag)): value for tag, value in readings.items()}
+
+    def _own(self, tag: str) -> str:
+        """Return a tag under this instance's name; under a name of its own also what begins with another word."""
+        if self.name == self.diagnostic:
+            return tag
+        return rename(tag, self.name) if tag.startswith(f"{self.diagnostic}/") else f"{self.name}/{tag}"
 
     def refusal(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
         """Return why this run cannot be measured, or None."""
@@ -163,6 +187,11 @@ class SpectralCallback(pl.Callback, abc.ABC):
                 f"optimizer={self.optimizer}, but the module configures {len(trainer.optimizers)}. "
                 "Pass an index below that."
             )
+        names = dict(module.named_modules())
+        if self.outputs is not None and self.outputs not in names:
+            close = difflib.get_close_matches(self.outputs, names, n=3, cutoff=0.3)
+            hint = f"; close names are {', '.join(map(repr, close))}" if close else ""
+            return f"outputs={self.outputs!r} names no submodule of {type(module).__name__}{hint}. Pass a dotted name."
         owned = {id(p) for group in trainer.optimizers[self.optimizer].param_groups for p in group["params"]}
         if not any(id(p) in owned for p in module.parameters()):
             return f"optimizer {self.optimizer} holds no parameter of the module, so it trains nothing to be measured."

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from spectral_callbacks.callbacks.batches import Data, FixedBatches, FrozenBatch, load_batches
 from spectral_callbacks.callbacks.loss import loss_of
 from spectral_callbacks.callbacks.muting import muted
+from spectral_callbacks.callbacks.reading import Reading
 from spectral_callbacks.callbacks.record import draw_layout, logging_step, record
 from spectral_callbacks.callbacks.schedule import Budget
 from spectral_callbacks.callbacks.verification import Verification
@@ -33,7 +34,7 @@ class _Outcome:
     `seconds` are those of each callback's own, `once` those of what does not come again.
     """
 
-    readings: dict[SpectralCallback, dict[str, float]] = dataclasses.field(default_factory=dict)
+    readings: dict[SpectralCallback, dict[str, Reading]] = dataclasses.field(default_factory=dict)
     failures: dict[SpectralCallback, Exception] = dataclasses.field(default_factory=dict)
     seconds: dict[SpectralCallback, float] = dataclasses.field(default_factory=dict)
     once: float = 0.0
@@ -70,10 +71,7 @@ class Conductor:
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Turn away what cannot be measured, draw the charts, start the clock."""
         for callback in self._callbacks:
-            callback.forget()
-            reason = callback.refusal(trainer, module)
-            if reason is not None:
-                callback.fail(ValueError(reason))
+            callback.begin(trainer, module)
         if self._fixed.lost_on_resume:
             for callback in self._active():
                 if callback.data == "fixed":
@@ -166,7 +164,7 @@ class Conductor:
         for c in due:
             key = (_identity(c.data), c.num_batches, c.mode, id(c.loss), c.precision, c.optimizer, c.seed)
             groups.setdefault(key, []).append(c)
-        readings: dict[SpectralCallback, dict[str, float]] = {}
+        readings: dict[SpectralCallback, dict[str, Reading]] = {}
         recurring = 0.0
         for key, group in groups.items():
             outcome = _Outcome()
@@ -186,7 +184,7 @@ class Conductor:
         if recurring:
             self._budget.pay_measurement(recurring)
         cost = {COST_OVERHEAD.name: self._budget.overhead}
-        everything: dict[str, float] = {}
+        everything: dict[str, Reading] = {}
         for callback, named in readings.items():
             callback.history.append({"step": step, **named, **cost})
             everything |= named
@@ -230,7 +228,8 @@ class Conductor:
                     continue
                 began = _clock(trainer)
                 try:
-                    measured = callback.measure(probe.with_generator(_generator(probe, callback, step)))
+                    own = probe.seen_by(_generator(probe, callback, step), callback.outputs)
+                    measured = callback.measure(own)
                     outcome.readings[callback] = callback.renamed(measured)
                 except Exception as error:  # noqa: BLE001
                     outcome.failures[callback] = error

@@ -6,34 +6,54 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import lightning.pytorch as pl
+
 from spectral_callbacks.callbacks.base import SpectralCallback
-from spectral_callbacks.linalg import Eigenpairs, Status, Tracker
+from spectral_callbacks.linalg import DiagonalCongruence, Eigenpairs, Status, Tracker
 from spectral_callbacks.operators import Hessian
 from spectral_callbacks.probe import Probe
-from spectral_callbacks.stability import NoThresholdError
+from spectral_callbacks.stability import Edge, NoThresholdError, NotSteppedYetError, edges
 from spectral_callbacks.tags import Chart
+
+_RATIOS = Chart("stability ratio (1 is the edge)", ("sharpness/stability_ratio", "sharpness/directional_ratio"))
+_PLAIN = Chart(
+    "lambda_max and the edge of stability", ("sharpness/lambda_max", "sharpness/threshold", "sharpness/two_over_lr")
+)
+_PRECONDITIONED = Chart(
+    "preconditioned lambda_max and the edge of stability",
+    ("sharpness/preconditioned_lambda_max", "sharpness/preconditioned_threshold"),
+)
 
 
 class Sharpness(SpectralCallback):
     """The largest eigenvalue of the Hessian against the edge of stability of the optimizer in use.
 
     Gradient descent on a quadratic diverges along every direction whose curvature λ exceeds 2/η. Full-batch training
-    raises λ_max up to that edge and then hovers there (Cohen et al. 2021, arXiv:2103.00065);
-    `sharpness/stability_ratio` is 1 at the edge, whatever the momentum, dampening, Nesterov or weight decay.
+    raises λ_max up to that edge and then hovers there (Cohen et al. 2021, arXiv:2103.00065). An adaptive optimizer does
+    the same in its own metric: with preconditioner D what counts is λ_max of D^½ H D^½ (Cohen et al. 2022,
+    arXiv:2207.14484). `sharpness/stability_ratio` is 1 at the edge for every optimizer with a rule in
+    `spectral_callbacks.stability`, whatever its momentum, weight decay or parameter groups.
 
     Tags: `sharpness/lambda_max`, largest algebraic eigenvalue, in units of loss per parameter squared;
     `sharpness/residual`, within which of it some eigenvalue lies; `sharpness/two_over_lr` for the largest learning
     rate; `sharpness/threshold`, the λ at the edge (one parameter group, or groups that agree);
-    `sharpness/stability_ratio`; `sharpness/num_matvecs`; `sharpness/status` (0 converged, 1 budget spent, 2 breakdown
-    or a failure that was reported, 3 not finite). On request `sharpness/lambda_2` and so on, and
-    `sharpness/lambda_min`, each with its `_residual`.
+    `sharpness/stability_ratio`; `sharpness/directional_ratio`, the same ratio for the curvature along the gradient, in
+    the optimizer's metric: gᵀ D H D g / gᵀ D g in place of the largest eigenvalue; `sharpness/num_matvecs`;
+    `sharpness/status` (0 converged, 1 budget spent, 2 breakdown or a failure that was reported, 3 not finite).
+    For an adaptive optimizer, from its first step on: `sharpness/preconditioned_lambda_max`, the largest eigenvalue of
+    D^½ H D^½, and `sharpness/preconditioned_threshold`, its value at the edge (left out where groups differ);
+    `sharpness/stability_ratio_residual`. On request `sharpness/lambda_2` and so on, and `sharpness/lambda_min`, each
+    with its `_residual`.
 
     How to read it: a ratio that climbs to 1 and stays is progressive sharpening and then the edge of stability; a ratio
     well above 1 for long comes before divergence, or belongs to mini-batch noise on a batch that training does not see.
+    The directional ratio is never above the stability ratio. It stays low while the gradient has little part in the
+    sharpest direction; when it crosses 1 too, the loss itself rises: the spikes of Adam (arXiv:2506.04805).
 
-    Cost: 3 to 7 products when warm, 6 to 15 when cold (more where the spectrum has no gap, as at initialisation), each
-    1.5 to 1.9 gradient passes on the probe's batches; a vector of the parameters' size for each product of a search, at
-    most about 80.
+    Cost: 3 to 7 products when warm, 6 to 15 when cold (more where the spectrum has no gap, as at initialisation), twice
+    that for an adaptive optimizer or groups that differ, and one along the gradient. A product is 1.5 to 1.9 gradient
+    passes on the probe's batches; a vector of the parameters' size is kept for each product of a search, at most about
+    80.
 
     Args:
         num_eigenvalues: How many of the largest eigenvalues are logged.
@@ -49,13 +69,7 @@ class Sharpness(SpectralCallback):
 
     diagnostic: ClassVar[str] = "sharpness"
     differentiates_twice: ClassVar[bool] = True
-    charts: ClassVar[tuple[Chart, ...]] = (
-        Chart(
-            "lambda_max and the edge of stability",
-            ("sharpness/lambda_max", "sharpness/threshold", "sharpness/two_over_lr"),
-        ),
-        Chart("stability ratio (1 is the edge)", ("sharpness/stability_ratio",)),
-    )
+    charts: tuple[Chart, ...] = (_PLAIN, _RATIOS)
 
     def __init__(
         self,
@@ -70,6 +84,18 @@ class Sharpness(SpectralCallback):
         self._top = Tracker(num_eigenvalues, rtol=rtol, max_matvecs=max_matvecs)
         self._bottom = Tracker(1, which="SA", rtol=rtol, max_matvecs=max_matvecs) if lambda_min else None
         self._metric = Tracker(1, rtol=rtol, max_matvecs=max_matvecs)
+
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Draw the chart of the preconditioned edge only where there is one."""
+        try:
+            adapts = any(
+                edge.preconditioner is not None for group in edges(trainer.optimizers[self.optimizer]) for edge in group
+            )
+        except NotSteppedYetError:
+            adapts = True
+        except NoThresholdError:
+            adapts = False
+        self.charts = (_PLAIN, _PRECONDITIONED, _RATIOS) if adapts else (_PLAIN, _RATIOS)
 
     def forget(self) -> None:
         """Start the next search cold."""
@@ -95,29 +121,34 @@ class Sharpness(SpectralCallback):
                 "sharpness/lambda_min_residual": bottom.residuals[0].item(),
             }
         learning_rate = max(probe.learning_rates())
-        readings["sharpness/two_over_lr"] = 2 / learning_rate if learning_rate else math.inf
+        if learning_rate:
+            readings["sharpness/two_over_lr"] = 2 / learning_rate
+        else:
+            self.say("the learning rate is 0, so nothing moves: ratios are 0, and 2 / lr is left out until it rises.")
+        num_more = 0
         try:
-            edges = set(probe.edges())
+            edge = _common(probe.edges())
+            metric = probe.preconditioned(Hessian)
+        except NotSteppedYetError:
+            pass
         except NoThresholdError as reason:
             self.say(str(reason))
         else:
-            if len(edges) == 1:
-                [edge] = edges
+            if edge is None:
+                ratio = self._metric(metric, generator=probe.generator)
+                searches.append(ratio)
+                readings |= _in_metric(ratio, metric, probe.edges())
+            else:
                 readings["sharpness/threshold"] = edge.curvature
                 readings["sharpness/stability_ratio"] = edge.ratio(top.values[0].item())
-            else:
-                metric = self._metric(probe.preconditioned(Hessian), generator=probe.generator)
-                searches.append(metric)
-                readings |= {
-                    "sharpness/stability_ratio": metric.values[0].item(),
-                    "sharpness/stability_ratio_residual": metric.residuals[0].item(),
-                }
+            readings["sharpness/directional_ratio"] = _along_gradient(metric, probe)
+            num_more = 1
         status = max(search.status for search in searches)
         if status is not Status.CONVERGED:
             self.say(f"{status.name.lower()}: {status.remedy}")
         if status is Status.BREAKDOWN:  # of no symmetric matrix, so these numbers are no eigenvalues
             readings = {}
-        readings["sharpness/num_matvecs"] = sum(search.num_matvecs for search in searches)
+        readings["sharpness/num_matvecs"] = sum(search.num_matvecs for search in searches) + num_more
         readings["sharpness/status"] = float(status)
         return {tag: value for tag, value in readings.items() if math.isfinite(value)}
 
@@ -128,3 +159,35 @@ def _eigenvalues(pairs: Eigenpairs) -> dict[str, float]:
         readings[f"sharpness/lambda_{index + 1}"] = pairs.values[index].item()
         readings[f"sharpness/lambda_{index + 1}_residual"] = pairs.residuals[index].item()
     return readings
+
+
+def _common(edges: tuple[Edge, ...]) -> Edge | None:
+    """Return the edge that all parameters share in the metric of the plain Hessian, if there is one."""
+    first = edges[0]
+    return first if first.is_plain and all(edge.is_plain and edge == first for edge in edges) else None
+
+
+def _in_metric(ratio: Eigenpairs, metric: DiagonalCongruence, edges: tuple[Edge, ...]) -> dict[str, float]:
+    readings = {
+        "sharpness/stability_ratio": ratio.values[0].item(),
+        "sharpness/stability_ratio_residual": ratio.residuals[0].item(),
+    }
+    weights = {edge.weight for edge in edges if edge.weight}
+    if len(weights) == 1 and any(edge.preconditioner is not None for edge in edges):
+        [weight] = weights
+        x = ratio.vectors[:, :1]
+        # The shift is taken off along the eigenvector: exact for one weight decay, to second order for several.
+        shift = metric.gram(x, metric.shift[:, None] * x).item()
+        readings["sharpness/preconditioned_lambda_max"] = (ratio.values[0].item() - shift) / weight
+        readings["sharpness/preconditioned_threshold"] = (1 - shift) / weight
+    return readings
+
+
+def _along_gradient(metric: DiagonalCongruence, probe: Probe) -> float:
+    """Return the curvature along the gradient in the optimizer's metric, which is 1 at the edge; NaN without one."""
+    y = (metric.scale * probe.gradient())[:, None]
+    size = metric.gram(y, y).sqrt()
+    if not size > 0:
+        return math.nan
+    y = y / size
+    return metric.gram(y, metric.matmat(y)).item()

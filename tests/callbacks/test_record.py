@@ -17,7 +17,7 @@ from tests.callbacks.runs import Regression, fit, loader, series, steps
 
 TAGS = {
     "sharpness/lambda_max", "sharpness/residual", "sharpness/two_over_lr", "sharpness/threshold",
-    "sharpness/stability_ratio", "sharpness/num_matvecs", "sharpness/status", "cost/overhead",
+    "sharpness/stability_ratio", "sharpness/directional_ratio", "sharpness/num_matvecs", "sharpness/status", "cost/overhead",
 }  # fmt: skip
 
 
@@ -87,7 +87,9 @@ def test_each_name_has_charts_of_its_own(tmp_path: Path) -> None:
     fit(Regression(), *callbacks, logger=logger)
     charts = charts_of(events_of(logger))
     assert set(charts) == {"sharpness", "sharpness_eval"}
-    assert charts["sharpness_eval"]["stability ratio (1 is the edge)"] == ["^sharpness_eval/stability_ratio$"]
+    assert charts["sharpness_eval"]["stability ratio (1 is the edge)"] == [
+        "^sharpness_eval/stability_ratio$", "^sharpness_eval/directional_ratio$",
+    ]  # fmt: skip
 
 
 def test_several_loggers_get_the_same(tmp_path: Path) -> None:

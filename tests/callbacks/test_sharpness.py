@@ -204,7 +204,9 @@ def test_the_learning_rate_is_that_of_the_step_about_to_be_taken() -> None:
 
 def test_at_learning_rate_zero_the_ratio_is_zero_and_no_line_is_drawn() -> None:
     callback = Sharpness(every_n_steps=1)
-    fit(Regression(sgd(0.0)), callback)
+    with pytest.warns(UserWarning, match="the learning rate is 0, so nothing moves") as warned:
+        fit(Regression(sgd(0.0)), callback)
+    assert len(complaints(warned)) == 1
     for entry in callback.history:
         assert entry["sharpness/stability_ratio"] == 0.0
         assert "sharpness/two_over_lr" not in entry
@@ -220,10 +222,8 @@ class OddSGD(torch.optim.SGD):
 
 
 UNKNOWN: dict[str, tuple[MakeOptimizer, str]] = {
-    "Adam": (lambda p: torch.optim.Adam(p, lr=0.01), "no stability rule is known for Adam"),
-    "RMSprop": (lambda p: torch.optim.RMSprop(p, lr=0.01), "no stability rule is known for RMSprop"),
+    "Rprop": (lambda p: torch.optim.Rprop(p, lr=0.01), "Rprop .*no finite threshold|no finite threshold .*Rprop"),
     "a subclass with a step of its own": (lambda p: OddSGD(p, lr=0.01), "no stability rule is known for OddSGD"),
-    "ascent": (sgd(0.01, maximize=True), r"SGD\(maximize=True\) climbs the loss"),
 }
 
 
@@ -248,7 +248,7 @@ def test_a_spent_budget_is_said_once_and_logged_each_time() -> None:
         fit(Regression(), callback)
     assert len(complaints(warned)) == 1
     assert series(callback, "sharpness/status") == [Status.BUDGET] * 4
-    assert series(callback, "sharpness/num_matvecs") == [1] * 4
+    assert series(callback, "sharpness/num_matvecs") == [2] * 4  # one of the search, one along the gradient
 
 
 def test_the_status_is_that_of_the_worst_search() -> None:

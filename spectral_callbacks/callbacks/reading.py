@@ -1,0 +1,55 @@
+"""Readings: what a diagnostic returns for each of its tags."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+_NUM_BINS = 60
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Eigenvalues with weights, drawn as a histogram on a signed logarithmic axis.
+
+    The axis is x = sign(λ) log10(1 + |λ| / linear_below): linear around 0, one unit a decade further out. The height of
+    a bin is log10(1 + number of eigenvalues in it), so that a single outlier is seen beside a bulk of a million.
+
+    Attributes:
+        values: (m,), eigenvalues, or the nodes of a quadrature.
+        weights: (m,), the share of the spectrum at each; they sum to 1.
+        num_eigenvalues: How many eigenvalues the whole spectrum has.
+        linear_below: |λ| up to which the axis is linear, in the unit of the eigenvalues.
+
+    Example:
+        >>> spectrum = Spectrum(torch.tensor([-1.0, 0.0, 9.0]), torch.full((3,), 1 / 3), 3, linear_below=1.0)
+        >>> edges, heights = spectrum.histogram()
+        >>> round(edges[-1].item(), 3), round(heights.sum().item(), 3)  # 3 log10 2
+        (1.0, 0.903)
+    """
+
+    values: Tensor
+    weights: Tensor
+    num_eigenvalues: int
+    linear_below: float
+
+    def histogram(self) -> tuple[Tensor, Tensor]:  # (b + 1,), (b,)
+        """Return the edges of the bins on the signed logarithmic axis, and their heights."""
+        values = self.values.detach().to("cpu", torch.float64)
+        x = values.sign() * torch.log10(1 + values.abs() / self.linear_below)
+        low, high = x.min().item(), x.max().item()
+        if low == high:
+            low, high = low - 0.5, high + 0.5
+        edges = torch.linspace(low, high, _NUM_BINS + 1, dtype=torch.float64)
+        bins = torch.bucketize(x, edges[1:-1], right=True)
+        mass = torch.zeros(_NUM_BINS, dtype=torch.float64).index_add_(0, bins, self.weights.to("cpu", torch.float64))
+        return edges, torch.log10(1 + mass.clamp_min(0) * self.num_eigenvalues)
+
+    def points(self) -> Tensor:  # (m, 2)
+        """Return eigenvalues and weights side by side, unrounded."""
+        return torch.stack([self.values, self.weights], dim=1).detach().cpu()
+
+
+Reading = float | Spectrum
