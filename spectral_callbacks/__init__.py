@@ -9,53 +9,92 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectral_callbacks.callbacks import HessianSpectrum as HessianSpectrum
     from spectral_callbacks.callbacks import Sharpness as Sharpness
     from spectral_callbacks.callbacks import SpectralCallback as SpectralCallback
+    from spectral_callbacks.callbacks import Spectrum as Spectrum
+    from spectral_callbacks.callbacks import TraceStability as TraceStability
+    from spectral_callbacks.linalg import Density as Density
     from spectral_callbacks.linalg import Eigenpairs as Eigenpairs
+    from spectral_callbacks.linalg import Estimate as Estimate
     from spectral_callbacks.linalg import LinearOperator as LinearOperator
     from spectral_callbacks.linalg import Status as Status
     from spectral_callbacks.linalg import Tracker as Tracker
     from spectral_callbacks.linalg import eigsh as eigsh
+    from spectral_callbacks.linalg import frobenius_norm as frobenius_norm
+    from spectral_callbacks.linalg import spectral_density as spectral_density
+    from spectral_callbacks.linalg import trace as trace
+    from spectral_callbacks.operators import GaussNewton as GaussNewton
     from spectral_callbacks.operators import Hessian as Hessian
     from spectral_callbacks.operators import Objective as Objective
     from spectral_callbacks.operators import ParameterSpace as ParameterSpace
     from spectral_callbacks.probe import Probe as Probe
     from spectral_callbacks.probe import undisturbed as undisturbed
     from spectral_callbacks.stability import Edge as Edge
+    from spectral_callbacks.stability import NoThresholdError as NoThresholdError
+    from spectral_callbacks.stability import NotSteppedYetError as NotSteppedYetError
+    from spectral_callbacks.stability import edges as edges
+    from spectral_callbacks.stability import no_threshold as no_threshold
     from spectral_callbacks.stability import stability_rule as stability_rule
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "HessianSpectrum": "callbacks",
     "Sharpness": "callbacks",
     "SpectralCallback": "callbacks",
+    "Spectrum": "callbacks",
+    "TraceStability": "callbacks",
+    "Density": "linalg",
     "Eigenpairs": "linalg",
+    "Estimate": "linalg",
     "LinearOperator": "linalg",
     "Status": "linalg",
     "Tracker": "linalg",
     "eigsh": "linalg",
+    "frobenius_norm": "linalg",
+    "spectral_density": "linalg",
+    "trace": "linalg",
+    "GaussNewton": "operators",
     "Hessian": "operators",
     "Objective": "operators",
     "ParameterSpace": "operators",
     "Probe": "probe",
     "undisturbed": "probe",
     "Edge": "stability",
+    "NoThresholdError": "stability",
+    "NotSteppedYetError": "stability",
+    "edges": "stability",
+    "no_threshold": "stability",
     "stability_rule": "stability",
 }
 __all__ = [
+    "Density",
     "Edge",
     "Eigenpairs",
+    "Estimate",
+    "GaussNewton",
     "Hessian",
+    "HessianSpectrum",
     "LinearOperator",
+    "NoThresholdError",
+    "NotSteppedYetError",
     "Objective",
     "ParameterSpace",
     "Probe",
     "Sharpness",
     "SpectralCallback",
+    "Spectrum",
     "Status",
+    "TraceStability",
     "Tracker",
+    "edges",
     "eigsh",
+    "frobenius_norm",
+    "no_threshold",
+    "spectral_density",
     "stability_rule",
+    "trace",
     "undisturbed",
 ]
 

@@ -45,6 +45,7 @@ KNOBS_OF_OTHERS = (
     f"{PACKAGE}.demo",  # models have hyper-parameters of their own
     f"{PACKAGE}.probe.compositions",  # stand in for torch's functions, and take their arguments
 )
+COUNTS_OF_THEIR_OWN = {"num_eigenvalues"}  # one to follow, ten to see a spectrum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,8 @@ def _knobs_of_two_defaults(sources: Iterable[Source]) -> dict[str, dict[str, lis
             continue
         for name, function in _public_functions(source.tree.body, source.name):
             for knob, default in _defaults(function):
-                seen[knob][default].append(name)
+                if knob not in COUNTS_OF_THEIR_OWN:
+                    seen[knob][default].append(name)
     return {knob: dict(defaults) for knob, defaults in seen.items() if len(defaults) > 1}
 
 

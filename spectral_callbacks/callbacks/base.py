@@ -59,7 +59,7 @@ class SpectralCallback(pl.Callback, abc.ABC):
     """
 
     diagnostic: ClassVar[str]
-    charts: ClassVar[tuple[Chart, ...]] = ()
+    charts: tuple[Chart, ...] = ()
     differentiates_twice: ClassVar[bool] = False
 
     def __init__(

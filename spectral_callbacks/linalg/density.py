@@ -241,18 +241,19 @@ def spectral_density(
     rest = Complement(A, none if eigenpairs is None else eigenpairs.vectors)
     m = min(num_steps, n - len(known))
     diagonals, couplings = torch.zeros(2, num_probes, max(m, 1), dtype=torch.float64)
-    status, size, num_matvecs = Status.CONVERGED, 0.0, 0
+    status, num_matvecs = Status.CONVERGED, 0
+    size = max(known.abs().tolist(), default=0.0)  # of ‖A‖: what is left of rounding beside known pairs is nothing
     if not known.isfinite().all():
         status = Status.NONFINITE
     for diagonal, beside in zip(diagonals, couplings, strict=True):
-        krylov = _lanczos(rest, m, generator)
+        krylov = _lanczos(rest, m, generator, size)
+        size = max(size, krylov.norm)
         T, steps = krylov.projection, krylov.dimension
         diagonal[:steps] = T.diagonal()
         if steps:
             beside[: steps - 1] = T.diagonal(1)
-            beside[steps - 1] = _coupling(krylov, rounding=_rounding(A))
-        status = max(status, _status(krylov))
-        size, num_matvecs = max(size, krylov.norm), num_matvecs + krylov.num_matvecs
+            beside[steps - 1] = _coupling(krylov, _rounding(A) * size)
+        status, num_matvecs = max(status, _status(krylov, size)), num_matvecs + krylov.num_matvecs
     if status is Status.NONFINITE:
         diagonals, couplings = diagonals.fill_(torch.nan), couplings.fill_(torch.nan)
     return Density(diagonals, couplings, known, n, _rounding(A) * size, status, num_matvecs)
@@ -271,28 +272,28 @@ def _exact(A: LinearOperator, n: int, generator: torch.Generator, num_probes: in
     return Density(nothing, nothing, known, n, _rounding(A) * size, status, Q.shape[1])
 
 
-def _status(krylov: Krylov) -> Status:
+def _status(krylov: Krylov, size: float) -> Status:
     if not krylov.finite:
         return Status.NONFINITE
-    return Status.BREAKDOWN if krylov.asymmetry > _MAX_ASYMMETRY else Status.CONVERGED
+    return Status.BREAKDOWN if krylov.asymmetry * krylov.norm > _MAX_ASYMMETRY * size else Status.CONVERGED
 
 
-def _lanczos(A: Complement, num_steps: int, generator: torch.Generator) -> Krylov:
+def _lanczos(A: Complement, num_steps: int, generator: torch.Generator, size: float) -> Krylov:
     krylov = Krylov(A)
     krylov.add(A.project(gaussian(A, 1, generator))[:, 0])
     while krylov.finite and krylov.num_directions and krylov.num_matvecs < num_steps:
         krylov.expand()
-        if krylov.finite and not _coupling(krylov, rounding=_rounding(A)):
+        if krylov.finite and not _coupling(krylov, _rounding(A) * max(size, krylov.norm)):
             break
     return krylov
 
 
-def _coupling(krylov: Krylov, *, rounding: float) -> float:
+def _coupling(krylov: Krylov, rounding: float) -> float:
     """Return how the last vector is coupled to the rest of the space: 0 within rounding of the products."""
     if not krylov.num_directions:
         return 0.0
     coupling = krylov.coupling(torch.eye(krylov.dimension, dtype=torch.float64)[-1]).abs().item()
-    return coupling if coupling > rounding * krylov.norm else 0.0
+    return coupling if coupling > rounding else 0.0
 
 
 def _rounding(A: LinearOperator) -> float:

@@ -283,3 +283,17 @@ def test_bad_arguments_are_named(generator: torch.Generator) -> None:
         spectral_density(Matrix(torch.ones(3, 2)), generator=generator)
     with pytest.raises(ValueError, match=r"q=1.5 must lie between 0 and 1"):
         spectral_density(Matrix(torch.eye(4)), generator=generator).quantile(1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_beside_all_nonzero_eigenvalues_there_is_nothing_but_rounding(dtype: torch.dtype) -> None:
+    """Known pairs that exhaust the rank leave products that are rounding errors of A, which are no asymmetry."""
+    generator = torch.Generator().manual_seed(0)
+    B = torch.randn(160, 28, generator=generator, dtype=torch.float64)
+    A = Matrix((B @ B.mT / 160).to(dtype))
+    known = eigsh(A, 28, max_matvecs=300, generator=generator)
+    density = spectral_density(A, generator=generator, eigenpairs=known)
+    assert density.status is Status.CONVERGED
+    assert density.moment(1).value == pytest.approx(B.square().sum().item() / 160 / 160, rel=1e-5)
+    assert density.mass_below(-2 * density.rounding).value == 0.0
+    assert density.mass_below(2 * density.rounding).value == pytest.approx(132 / 160)
