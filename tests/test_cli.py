@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import re
+import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from torch.utils.data import DataLoader
 
-from spectral_callbacks import Sharpness
+from spectral_callbacks import Sharpness, SpectralCallback
 from spectral_callbacks.cli import config_folder, main, run
-from spectral_callbacks.demo import Classifier, DigitsDataModule
+from spectral_callbacks.cli.report import Report, show
+from spectral_callbacks.cli.sweep import read_runs, sweep
+from spectral_callbacks.demo import Classifier, DigitsDataModule, NoisyLinearDataModule, RandomFeatures
 
 torch.set_num_threads(1)
 
 CONFIGS = sorted(config_folder().glob("*.yaml"))
+SWEEPS = [config for config in CONFIGS if "sweep" in yaml.safe_load(config.read_text())]
+at_initialization = pytest.mark.filterwarnings("ignore:.*show no edge of a bulk")  # before training there is none
+CSV = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}"
+TINY = """
+model: {class_path: tests.test_cli.Line}
+data: null
+trainer:
+  accelerator: cpu
+  max_steps: 4
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +56,12 @@ class Line(pl.LightningModule):
 
     def __init__(self, slope: float = 0.0) -> None:
         super().__init__()
-        self.slope = torch.nn.Parameter(torch.tensor(slope))
+        self.slope = torch.nn.Parameter(torch.tensor(float(slope)))
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if self.slope == 13:
+            raise RuntimeError("planted")
+        self.log("train/slope", self.slope.detach().clone(), batch_size=len(batch))
         return (self.slope * batch - batch).square().mean()
 
     def train_dataloader(self) -> DataLoader[torch.Tensor]:
@@ -47,18 +71,282 @@ class Line(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
 
 
+def spectral(trainer: pl.Trainer) -> list[SpectralCallback]:
+    return [c for c in trainer.callbacks if isinstance(c, SpectralCallback)]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def tiny(folder: Path, more: str = "") -> str:
+    (folder / "tiny.yaml").write_text(TINY + more)
+    return "tiny.yaml"
+
+
 def test_there_are_configs() -> None:
     assert {"edge_of_stability.yaml", "digits_sgd.yaml"} <= {config.name for config in CONFIGS}
+    assert {"hessian_spectrum.yaml", "double_descent.yaml"} <= {config.name for config in SWEEPS}
 
 
+@at_initialization
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_every_config_fits_as_it_is_and_measures_the_first_step(config: Path, in_empty_folder: Path) -> None:
     cli = run(["fit", "--config", str(config), "--trainer.max_steps=2"])
     assert cli.trainer.global_step == 2
-    (sharpness,) = (c for c in cli.trainer.callbacks if isinstance(c, Sharpness))  # pyright: ignore[reportAttributeAccessIssue]
-    assert sharpness.history[0]["step"] == 0
-    assert 0 < sharpness.history[0]["sharpness/stability_ratio"] < 0.6
+    callbacks = spectral(cli.trainer)
+    assert callbacks
+    for callback in callbacks:
+        first = callback.history[0]
+        assert first["step"] == 0
+        assert first.get(f"{callback.name}/status", 0) < 2  # neither failed nor not finite
+        own = {tag for tag in first if tag.startswith(f"{callback.name}/")} - {f"{callback.name}/status"}
+        assert len(own) > 1
+        assert all(math.isfinite(value) for value in first.values() if isinstance(value, float))
+        if isinstance(callback, Sharpness):
+            assert first["sharpness/lambda_max"] > 0
+            assert first.get("sharpness/stability_ratio", 0.1) < 0.6  # an adaptive optimizer has none yet
     assert list(in_empty_folder.glob("runs/*/version_0/events.out.tfevents.*"))
+
+
+@at_initialization
+@pytest.mark.parametrize("config", SWEEPS, ids=lambda config: config.stem)
+def test_every_sweep_trains_each_of_its_runs_into_a_folder_of_its_own(config: Path, in_empty_folder: Path) -> None:
+    results = sweep([str(config), "--trainer.max_steps=2"])
+    names = [run.name for run in read_runs(yaml.safe_load(config.read_text()))]
+    assert list(results) == names
+    logged = {path.parent for path in in_empty_folder.glob("runs/*/*/version_0/events.out.tfevents.*")}
+    assert {str(folder.relative_to(in_empty_folder)) for folder in logged} == {
+        f"runs/{config.stem}/{name}/version_0" for name in names
+    }
+    assert all(results.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "at_edge", "nearer"), [("Adam", (0.85, 1.1), 1 / 30), ("momentum", (0.9, 1.1), None)])
+def test_full_batch_training_hovers_at_the_edge_of_its_own_optimizer(
+    name: str, at_edge: tuple[float, float], nearer: float | None
+) -> None:
+    config = config_folder() / "adam_edge_of_stability.yaml"
+    (chosen,) = (run for run in read_runs(yaml.safe_load(config.read_text())) if run.name == name)
+    trainer = run(["fit", "-c", str(config), *chosen.arguments()]).trainer
+    (sharpness,) = spectral(trainer)
+    late = [row for row in sharpness.history if row["step"] >= 2 / 3 * trainer.global_step]
+    assert at_edge[0] < statistics.median(row["sharpness/stability_ratio"] for row in late) < at_edge[1]
+    if nearer is not None:
+        of_plain = [row["sharpness/lambda_max"] / row["sharpness/two_over_lr"] for row in late]
+        assert statistics.median(of_plain) < nearer
+
+
+@pytest.mark.slow
+@at_initialization
+def test_outliers_follow_the_pairs_of_clusters_and_not_the_width() -> None:
+    results = sweep([str(config_folder() / "hessian_spectrum.yaml")])
+    counts = {name: values["hessian/num_outliers"] for name, values in results.items()}
+    assert counts == {
+        "2-clusters": 1, "3-clusters": 3, "4-clusters": 6, "6-clusters": 15,
+        "3-clusters-width-32": 3, "3-clusters-width-64": 3,
+    }  # fmt: skip
+
+
+def test_a_run_of_a_sweep_is_fit_with_its_overrides(in_empty_folder: Path) -> None:
+    """The same numbers as by hand; what is given on the command line goes before both."""
+    entries = "sweep:\n  - {model.init_args.slope: 3}\n  - {model.init_args.slope: 5, trainer.max_steps: 2}\n"
+    config = tiny(in_empty_folder, "seed_everything: 0\n" + entries + "report: [train/slope]\n")
+    results = sweep([config, "--trainer.log_every_n_steps=1"])
+    for slope, num_steps in ((3, 4), (5, 2)):
+        cli = run(["fit", "-c", config, f"--model.slope={slope}", f"--trainer.max_steps={num_steps}"])
+        (name,) = (name for name in results if name.startswith(f"slope={slope}"))
+        assert results[name] == {"train/slope": cli.trainer.callback_metrics["train/slope"].item()}
+    assert list(results) == ["slope=3", "slope=5,max_steps=2"]
+    shorter = sweep([config, "--trainer.max_steps=2"])
+    assert shorter["slope=5,max_steps=2"] == results["slope=5,max_steps=2"]
+    assert shorter["slope=3"] != results["slope=3"]
+
+
+def test_each_run_saves_a_config_that_fit_repeats_it_with(in_empty_folder: Path) -> None:
+    config = tiny(in_empty_folder, "sweep: [{model.init_args.slope: 3}]\nreport: [train/slope]\n")
+    results = sweep([config])
+    (saved,) = in_empty_folder.glob("runs/tiny/slope=3/version_0/config.yaml")
+    assert not {"sweep", "report"} & set(yaml.safe_load(saved.read_text()))
+    again = run(["fit", "-c", str(saved)])
+    assert again.trainer.callback_metrics["train/slope"].item() == results["slope=3"]["train/slope"]
+
+
+def test_the_config_itself_is_left_as_it_was(in_empty_folder: Path) -> None:
+    config = tiny(in_empty_folder, "sweep: [{model.init_args.slope: 3}]\n")
+    before = Path(config).read_bytes()
+    run(["fit", "--config", config])
+    sweep([config])
+    assert Path(config).read_bytes() == before
+
+
+def test_a_report_reads_a_metric_after_so_many_steps_and_at_the_end(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = "sweep: [{name: a, model.init_args.slope: 3}, {name: b, model.init_args.slope: 1}]\n"
+    config = tiny(
+        in_empty_folder, entries + "report: [train/slope@1, train/slope@3, train/slope, train/slope@9, nothing]\n"
+    )
+    results = sweep([config])
+    # The batches are (0, 1) and (2, 3); the error of the slope shrinks by 1 - 0.2 mean(x²), with momentum 0.5.
+    errors, velocity = [2.0], 0.0
+    for square in (0.5, 6.5, 0.5, 6.5):
+        velocity = 0.5 * velocity + 2 * square * errors[-1]
+        errors.append(errors[-1] - 0.1 * velocity)
+    # What is logged with a step is the slope before it.
+    expected = {"train/slope@1": errors[0] + 1, "train/slope@3": errors[2] + 1, "train/slope": errors[3] + 1}
+    assert results["a"] == pytest.approx(expected, rel=1e-5)
+    assert results["b"] == pytest.approx(dict.fromkeys(expected, 1.0))
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("[")] == ["[1/2] a", "[2/2] b"]
+    assert all(f"{value:.4g}" in printed for value in results["a"].values())
+    assert printed.rstrip().endswith("--logdir runs/tiny")
+
+
+def test_a_report_reads_the_validation_that_follows_a_step() -> None:
+    def train(num_steps: int, report: Report) -> dict[str, float]:
+        torch.manual_seed(0)
+        trainer = pl.Trainer(
+            max_steps=num_steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, callbacks=[report],
+        )  # fmt: skip
+        trainer.fit(RandomFeatures(20), NoisyLinearDataModule(num_train=30, steps_per_epoch=10))
+        return report.values(trainer)
+
+    read = train(30, Report(["val/loss@10", "val/loss@25", "val/loss"]))
+    by_hand = {num_steps: train(num_steps, Report(["val/loss"]))["val/loss"] for num_steps in (10, 20, 30)}
+    assert len(set(by_hand.values())) == 3
+    assert read == {"val/loss@10": by_hand[10], "val/loss@25": by_hand[20], "val/loss": by_hand[30]}
+
+
+def test_without_a_report_every_metric_but_errors_and_costs_is_compared(in_empty_folder: Path) -> None:
+    callbacks = "--trainer.callbacks=spectral_callbacks.Sharpness"
+    results = sweep([tiny(in_empty_folder, "sweep: [{name: a}]\n"), callbacks])
+    assert {"train/slope", "sharpness/lambda_max", "sharpness/stability_ratio"} <= set(results["a"])
+    assert not {"sharpness/residual", "sharpness/status", "sharpness/num_matvecs", "cost/overhead"} & set(results["a"])
+
+
+def test_what_was_seen_before_a_failure_is_printed(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = "sweep: [{name: good, model.init_args.slope: 3}, {name: bad, model.init_args.slope: 13}]\n"
+    with pytest.raises(RuntimeError, match="planted"):
+        sweep([tiny(in_empty_folder, entries)])
+    printed = capsys.readouterr().out.splitlines()
+    assert any("good" in line and "bad" not in line for line in printed[2:])
+
+
+@pytest.mark.parametrize(
+    ("logger", "folders"),
+    [
+        ("false", set()),
+        ("true", {"runs/tiny/a/version_0", "runs/tiny/b/version_0"}),
+        (CSV, {"logs/tiny/a/version_0", "logs/tiny/b/version_0"}),
+        (f"[{CSV}]", {"logs/tiny/a/version_0", "logs/tiny/b/version_0"}),
+        ("lightning.pytorch.loggers.CSVLogger", None),
+    ],
+)
+def test_a_sweep_takes_the_loggers_of_the_config(logger: str, folders: set[str] | None, in_empty_folder: Path) -> None:
+    config = tiny(in_empty_folder, f"  logger: {logger}\nsweep: [{{name: a}}, {{name: b}}]\n")
+    if folders is None:  # a logger without its folder is no logger that fit would take
+        with pytest.raises(SystemExit):
+            sweep([config])
+        return
+    sweep([config])
+    saved = {path.parent.relative_to(in_empty_folder) for path in in_empty_folder.glob("*/**/config.yaml")}
+    assert set(map(str, saved)) == folders
+
+
+@pytest.mark.parametrize(
+    ("entries", "names"),
+    [
+        ([{"optimizer.init_args.lr": 0.1}, {"optimizer.init_args.lr": 0.2}], ["lr=0.1", "lr=0.2"]),
+        ([{"model.init_args.widths": [64, 64], "a": None}], ["widths=64,-64,a=null"]),
+        ([{"a.lr": 1, "b.lr": "x y"}], ["a.lr=1,b.lr=x-y"]),
+        ([{"name": "as/it is"}], ["as-it-is"]),
+        ([{"name": 7, "a": 1}, {"name": 8, "a": 1}], ["7", "8"]),
+    ],
+)
+def test_runs_are_called_by_their_name_or_their_overrides(entries: list[dict[str, Any]], names: list[str]) -> None:
+    assert [run.name for run in read_runs({"sweep": entries})] == names
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("", r"no list of runs at the top-level key sweep. Add one"),
+        ("sweep: []", r"no list of runs at the top-level key sweep"),
+        ("sweep: {model.slope: 1}", r"no list of runs at the top-level key sweep"),
+        ("sweep: [model.slope]", r"entry 1 of sweep is 'model.slope'; it must map dotted keys to values"),
+        ("sweep: [{name: a}, {}]", r"entry 2 of sweep is {}; it must map"),
+        (
+            "sweep: [{trainer.callbacks.0.name: x}]",
+            r"the key 'trainer.callbacks.0.name'; .* Lists have no dotted names",
+        ),
+        ("sweep: [{--model.slope: 1}]", r"the key '--model.slope'; it must be the dotted name"),
+        ("sweep: [{3: 1}]", r"the key 3; it must be the dotted name"),
+        ("sweep: [{config: x.yaml}]", r"the key 'config'"),
+        ("sweep: [{a: 1}, {a: 1}]", r"entry 2 of sweep is called 'a=1', as no other run may be; give it a name"),
+        ("sweep: [{name: '/'}]", r"entry 1 of sweep is called ''"),
+        ("sweep: [{name: a}]\nreport: val/loss", r"report is 'val/loss'; it must be a list of metrics"),
+        ("sweep: [{name: a}]\nreport: ['val/loss@end']", r"report entry 'val/loss@end' must be a tag, or tag@step"),
+        ("sweep: [", r"no config can be read"),
+    ],
+)
+def test_a_malformed_sweep_is_refused_before_anything_is_trained(
+    more: str, message: str, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", tiny(in_empty_folder, more)])
+    assert stopped.value.code == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, error), error
+    assert not (in_empty_folder / "runs").exists()
+
+
+def test_an_option_that_fit_does_not_know_is_refused_before_the_first_run(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", tiny(in_empty_folder, "sweep: [{name: a}, {name: b, model.init_args.slop: 3}]\n")])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert "slop" in printed.err
+    assert "fit refuses the options of run 'b'" in printed.err
+    assert printed.out == ""
+    assert not (in_empty_folder / "runs").exists()
+
+
+@pytest.mark.parametrize("text", ["", "just words", None])
+def test_a_file_that_holds_no_config_is_refused(
+    text: str | None, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (in_empty_folder / "some.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["sweep", "some.yaml"])
+    assert ("no config can be read" if text is None else "a config is a mapping") in capsys.readouterr().err
+
+
+def test_help_of_sweep_shows_what_to_write(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    example = printed.partition("level:\n")[2].partition("\nEvery run")[0]
+    config = yaml.safe_load(example)
+    assert len(read_runs(config)) == 3
+    assert Report(config["report"]).entries == ("val/loss@1000", "val/loss")
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_table_has_a_column_a_run_and_a_row_an_entry(
+    rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    runs: Mapping[str, Mapping[str, float]] = {"a": {"x/y": 1.25, "z": 2.0}, "b": {"x/y": 3.5}}
+    show(runs, "The sweep")
+    lines = capsys.readouterr().out.splitlines()
+    cells = [line.replace("│", " ").split() for line in lines]
+    assert ["x/y", "1.25", "3.5"] in cells
+    assert ["z", "2"] in cells
+    assert any(line.replace("┃", " ").split() == ["a", "b"] for line in lines)
 
 
 def test_the_optimizer_of_the_config_takes_the_place_of_the_models_own() -> None:
@@ -110,7 +398,7 @@ def test_help_loads_neither_torch_nor_lightning() -> None:
         check=True,
         env={"PYTHONPATH": str(Path(__file__).parents[1])},
     )
-    assert all(command in done.stdout for command in ("fit", "validate", "test", "predict", "demo"))
+    assert all(command in done.stdout for command in ("fit", "validate", "test", "predict", "sweep", "demo"))
     assert done.stdout.endswith("[]\n")
 
 
