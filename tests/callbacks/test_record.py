@@ -17,7 +17,8 @@ from tests.callbacks.runs import Regression, fit, loader, series, steps
 
 TAGS = {
     "sharpness/lambda_max", "sharpness/residual", "sharpness/two_over_lr", "sharpness/threshold",
-    "sharpness/stability_ratio", "sharpness/directional_ratio", "sharpness/num_matvecs", "sharpness/status", "cost/overhead",
+    "sharpness/stability_ratio", "sharpness/directional_ratio", "sharpness/num_matvecs", "sharpness/status",
+    "cost/overhead",
 }  # fmt: skip
 
 
