@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from spectral_callbacks import SpectralCallback
+from spectral_callbacks import HessianSpectrum, Sharpness, SpectralCallback, TraceStability
+from tests.callbacks.runs import Regression, fit, loader, sgd
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,9 +33,27 @@ def test_every_python_block_runs_as_it_stands(readme_names: dict[str, Any]) -> N
     assert issubclass(readme_names["GradientNorm"], readme_names["SpectralCallback"])
 
 
-def test_the_table_of_tags_names_what_a_run_logs(readme_names: dict[str, Any]) -> None:
-    logged = set(readme_names["sharpness"].history[-1]) - {"step"}
-    assert logged == set(re.findall(r"^\| `([a-z]+/[a-z_0-9]+)` \|", README, flags=re.MULTILINE))
+class Plain(Regression):
+    """Plain SGD, for which all of it is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(sgd(0.05))
+
+
+@pytest.mark.filterwarnings("ignore:.*left out:UserWarning")
+@pytest.mark.parametrize("kind", [Sharpness, TraceStability, HessianSpectrum])
+def test_its_tables_of_tags_name_what_a_run_logs(kind: type[SpectralCallback]) -> None:
+    callback = kind(every_n_steps=2, outputs="net", num_batches=2)
+    fit(Plain(), callback, data=loader(128, 32), max_epochs=2)
+    logged = {re.sub(r"lambda_\d+", "lambda_2", tag) for tag in callback.history[-1]} - {"step", "cost/overhead"}
+    logged = {tag for tag in logged if not tag.endswith(("_residual", "_error"))}
+    section = README.partition(f"### `{kind.__name__}`")[2].partition("\n##")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", section, flags=re.MULTILINE)
+    named = {tag for row in rows for tag in re.findall(r"`(\w+/\w+)`", row)}
+    on_request = {"sharpness/preconditioned_lambda_max", "sharpness/preconditioned_threshold"}
+    on_request |= {"sharpness/lambda_2", "sharpness/lambda_min"} if kind is Sharpness else set()
+    named = {tag for tag in named if not tag.endswith("_error")} - {"cost/overhead"}
+    assert logged == named - on_request
 
 
 def test_the_table_of_options_names_those_of_the_base_class() -> None:

@@ -70,10 +70,10 @@ def test_the_base_alone_cannot_be_used() -> None:
         SpectralCallback()  # type: ignore[abstract]
 
 
-def test_a_name_replaces_the_first_segment_of_its_own_tags_only() -> None:
+def test_a_name_replaces_the_first_segment_of_its_own_tags_and_comes_before_that_of_others() -> None:
     callback = Constant(every_n_steps=4, name="mine")
     fit(Regression(), callback)
-    assert set(callback.history[0]) == {"step", "mine/loss", "other/one", "cost/overhead"}
+    assert set(callback.history[0]) == {"step", "mine/loss", "mine/other/one", "cost/overhead"}
 
 
 def test_a_tag_outside_the_grammar_is_an_error_of_the_diagnostic_and_not_of_training() -> None:
