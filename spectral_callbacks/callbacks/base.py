@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, get_args
@@ -20,7 +19,7 @@ from spectral_callbacks.callbacks.loss import Loss, fetches_batches
 from spectral_callbacks.callbacks.muting import Precision
 from spectral_callbacks.callbacks.reading import Reading
 from spectral_callbacks.callbacks.schedule import Schedule
-from spectral_callbacks.probe import Mode, Probe
+from spectral_callbacks.probe import Mode, Probe, named_module
 from spectral_callbacks.tags import Chart, check_tag, rename
 
 
@@ -61,6 +60,7 @@ class SpectralCallback(pl.Callback, abc.ABC):
     diagnostic: ClassVar[str]
     charts: tuple[Chart, ...] = ()
     differentiates_twice: ClassVar[bool] = False
+    more_families: ClassVar[tuple[str, ...]] = ()  # first segments of its tags beside `diagnostic`
 
     def __init__(
         self,
@@ -129,6 +129,11 @@ class SpectralCallback(pl.Callback, abc.ABC):
         """Read what the run has to tell, for example its batch size; called when a fit begins that can be measured."""
 
     @property
+    def families(self) -> tuple[str, ...]:
+        """The first segments of its tags."""
+        return (self.name, *(self.more_families if self.name == self.diagnostic else ()))
+
+    @property
     def state_key(self) -> str:
         """Tells instances apart in checkpoints: by name and rhythm."""
         return self._generate_state_key(
@@ -143,6 +148,8 @@ class SpectralCallback(pl.Callback, abc.ABC):
             self.fail(ValueError(reason))
             return
         try:
+            if self.outputs is not None:
+                named_module(module, self.outputs, knob="outputs")
             self.prepare(trainer, module)
         except Exception as error:  # noqa: BLE001 - training must go on
             self.fail(error)
@@ -187,11 +194,6 @@ class SpectralCallback(pl.Callback, abc.ABC):
                 f"optimizer={self.optimizer}, but the module configures {len(trainer.optimizers)}. "
                 "Pass an index below that."
             )
-        names = dict(module.named_modules())
-        if self.outputs is not None and self.outputs not in names:
-            close = difflib.get_close_matches(self.outputs, names, n=3, cutoff=0.3)
-            hint = f"; close names are {', '.join(map(repr, close))}" if close else ""
-            return f"outputs={self.outputs!r} names no submodule of {type(module).__name__}{hint}. Pass a dotted name."
         owned = {id(p) for group in trainer.optimizers[self.optimizer].param_groups for p in group["params"]}
         if not any(id(p) in owned for p in module.parameters()):
             return f"optimizer {self.optimizer} holds no parameter of the module, so it trains nothing to be measured."
@@ -219,9 +221,9 @@ class SpectralCallback(pl.Callback, abc.ABC):
         self._said.clear()
         if spectral[0] is not self:
             return
-        names = [callback.name for callback in spectral]
+        names = [name for callback in spectral for name in callback.families]
         if len(set(names)) < len(names):
-            raise ValueError(f"the callbacks are named {', '.join(names)}; give each a name= of its own for its tags.")
+            raise ValueError(f"the callbacks log as {', '.join(names)}; give each a name= of its own for its tags.")
         conductor = Conductor(spectral)
         for callback in spectral:
             callback._conductor = conductor

@@ -23,6 +23,9 @@ class Spectrum:
         num_eigenvalues: How many eigenvalues the whole spectrum has.
         linear_below: |λ| up to which the axis is linear, in the unit of the eigenvalues.
 
+    Raises:
+        ValueError: If there is no eigenvalue, or one is not finite, or not every one has a weight.
+
     Example:
         >>> spectrum = Spectrum(torch.tensor([-1.0, 0.0, 9.0]), torch.full((3,), 1 / 3), 3, linear_below=1.0)
         >>> edges, heights = spectrum.histogram()
@@ -34,6 +37,17 @@ class Spectrum:
     weights: Tensor
     num_eigenvalues: int
     linear_below: float
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 1 or not len(self.values) or self.values.shape != self.weights.shape:
+            raise ValueError(
+                f"a spectrum of values {tuple(self.values.shape)} and weights {tuple(self.weights.shape)}: pass one "
+                "weight for each of at least one value."
+            )
+        if not self.values.isfinite().all() or not self.weights.isfinite().all():
+            raise ValueError("a spectrum holds numbers that are not finite; leave it out of what is returned.")
+        if not self.linear_below > 0:
+            raise ValueError(f"linear_below={self.linear_below} must be a positive eigenvalue, for example 1e-3.")
 
     def histogram(self) -> tuple[Tensor, Tensor]:  # (b + 1,), (b,)
         """Return the edges of the bins on the signed logarithmic axis, and their heights."""

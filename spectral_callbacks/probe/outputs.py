@@ -21,12 +21,13 @@ class NoOutputsError(ValueError):
     """A quantity that needs the model's outputs was asked for, and no one said where they are."""
 
 
-def output_module(module: nn.Module, name: str) -> nn.Module:
-    """Return the submodule whose outputs are the model's; of a compiled one the module that was compiled.
+def named_module(module: nn.Module, name: str, *, knob: str) -> nn.Module:
+    """Return the submodule of this name; of a compiled one the module that was compiled.
 
     Args:
         module: The root, whose own name is "".
-        name: Dotted.
+        name: Dotted; any of its names, where it has several.
+        knob: What the user called it by, for the error.
 
     Raises:
         ValueError: If there is none of this name; it names those that come close.
@@ -40,8 +41,8 @@ def output_module(module: nn.Module, name: str) -> nn.Module:
     known = [dotted for dotted in by_name if dotted and "." not in dotted][:_LISTED]
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else f"it has {', '.join(map(repr, known))}; "
     raise ValueError(
-        f"outputs={name!r} names no submodule of {type(module).__name__}; {hint if close or known else ''}"
-        'outputs="" is the module\'s own forward.'
+        f"{knob}={name!r} names no submodule of {type(module).__name__}; {hint if close or known else ''}"
+        f'{knob}="" is the module itself.'
     )
 
 
@@ -65,7 +66,7 @@ def intercepted(module: nn.Module, name: str, replace: Callable[[Tensor], Tensor
         num_tensors += sum(t.is_floating_point() for t in tensors_of(output))
         return mapped(output, lambda t: replace(t) if t.is_floating_point() else t)
 
-    handle = output_module(module, name).register_forward_hook(hook)
+    handle = named_module(module, name, knob="outputs").register_forward_hook(hook)
     try:
         yield
     finally:

@@ -170,3 +170,23 @@ def test_a_loader_that_yields_none_is_waited_out() -> None:
     callback = Sharpness(every_n_steps=1)
     fit(Regression(), callback, data=DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     assert callback.history[0]["sharpness/lambda_max"] > 0
+
+
+def test_an_unknown_output_is_named_with_what_comes_close_and_training_goes_on() -> None:
+    callback = Sharpness(every_n_steps=1, outputs="nett")
+    with pytest.warns(UserWarning, match="outputs='nett' names no submodule of Regression; did you mean 'net'"):
+        trainer = fit(Regression(), callback)
+    assert trainer.global_step == 4
+    assert not callback.history
+
+
+@pytest.mark.parametrize("name", ["net.2", "net"])
+def test_outputs_of_a_compiled_module_go_by_their_plain_name(name: str) -> None:
+    class Compiled(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.compile(self.net, backend="eager")  # pyright: ignore[reportAttributeAccessIssue]
+
+    callback = Sharpness(every_n_steps=1, outputs=name, on_error="raise")
+    fit(Compiled(), callback)
+    assert len(callback.history) == 4

@@ -92,3 +92,30 @@ def test_an_instance_with_a_name_of_its_own_keeps_all_its_tags_apart() -> None:
 def test_the_points_are_on_the_cpu_and_without_a_graph() -> None:
     values: Tensor = torch.tensor([1.0, 2.0], requires_grad=True)
     assert not Spectrum(values, torch.tensor([0.5, 0.5]), 2, 0.1).points().requires_grad
+
+
+BAD: dict[str, tuple[list[float], list[float], float, str]] = {
+    "nothing": ([], [], 0.1, "at least one value"),
+    "a weight too few": ([1.0, 2.0], [1.0], 0.1, "one weight for each"),
+    "not a number": ([float("nan")], [1.0], 0.1, "not finite"),
+    "an infinite weight": ([1.0], [float("inf")], 0.1, "not finite"),
+    "no linear part": ([1.0], [1.0], 0.0, "linear_below=0.0 must be"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_spectrum_is_refused_when_it_is_made(kind: str) -> None:
+    values, weights, linear_below, message = BAD[kind]
+    with pytest.raises(ValueError, match=message):
+        Spectrum(torch.tensor(values), torch.tensor(weights), 3, linear_below)
+
+
+class Broken(TwoSpectra):
+    def measure(self, probe: Probe) -> Mapping[str, Reading]:
+        return {"two/density": Spectrum(torch.zeros(0), torch.zeros(0), 1, 0.1)}
+
+
+def test_a_diagnostic_that_returns_no_spectrum_fails_and_training_goes_on(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="at least one value"):
+        trainer = fit(Regression(), Broken(every_n_steps=1), logger=TensorBoardLogger(tmp_path))
+    assert trainer.global_step == 4

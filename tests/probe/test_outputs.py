@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectral_callbacks.operators import Cut, Hessian
 from spectral_callbacks.probe import Probe, undisturbed
-from spectral_callbacks.probe.outputs import NoOutputsError, cut, intercepted, output_module
+from spectral_callbacks.probe.outputs import NoOutputsError, cut, intercepted, named_module
 from tests.oracles import relative_error
 
 
@@ -143,7 +143,8 @@ def test_a_module_that_compiled_itself_is_seen(net: Net) -> None:
 
 def test_a_module_with_two_names_goes_by_both(net: Net) -> None:
     both = nn.ModuleDict({"one": net, "other": net})
-    assert output_module(both, "one.head") is output_module(both, "other.head") is net.head
+    found = [named_module(both, f"{name}.head", knob="outputs") for name in both]
+    assert found[0] is found[1] is net.head
 
 
 # ---- Errors
@@ -152,7 +153,7 @@ def test_a_module_with_two_names_goes_by_both(net: Net) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("haed", r"outputs='haed' names no submodule of Net; did you mean 'head'\? outputs=\"\" is the module's own"),
+        ("haed", r"outputs='haed' names no submodule of Net; did you mean 'head'\? outputs=\"\" is the module itself"),
         ("encoder.O", r"did you mean 'encoder\.[01]' or 'encoder\.[01]' or 'encoder'\?"),
         ("zzz", r"names no submodule of Net; it has 'first', 'encoder', 'head', 'never'; outputs="),
     ],
@@ -164,7 +165,7 @@ def test_an_unknown_name_is_answered_with_what_comes_close(net: Net, name: str, 
 
 def test_a_module_without_submodules_says_only_what_its_own_name_is() -> None:
     linear = nn.Linear(3, 2).double()
-    with pytest.raises(ValueError, match=r"names no submodule of Linear; outputs=\"\" is the module's own forward\."):
+    with pytest.raises(ValueError, match=r"names no submodule of Linear; outputs=\"\" is the module itself\."):
         cut_of(linear, "head", lambda: linear(X).sum())
 
 
