@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler
 
 from spectral_callbacks.probe import copied, seed_generators, tensors_of, undisturbed
 
@@ -85,7 +85,7 @@ def batches_of_loader(trainer: pl.Trainer, loader: Iterable[Any], num_batches: i
 
 
 def second_train_loader(trainer: pl.Trainer, seed: int) -> DataLoader[Any]:
-    """Return a loader over the training set with an order of its own.
+    """Return a loader over the training set, or over what its SubsetRandomSampler draws, in an order of its own.
 
     Iterating the trainer's loader again would move its generator, and with persistent workers restart the epoch.
 
@@ -101,12 +101,17 @@ def second_train_loader(trainer: pl.Trainer, seed: int) -> DataLoader[Any]:
         )
     if loader.batch_size is None:
         raise ValueError("data='train' needs a loader with a batch_size; pass a DataLoader of your own as data=.")
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(loader.sampler, SubsetRandomSampler):
+        sampler = SubsetRandomSampler(loader.sampler.indices, generator)
+    else:
+        sampler = RandomSampler(loader.dataset, generator=generator)  # pyright: ignore[reportArgumentType]
     return DataLoader(
         loader.dataset,
         batch_size=loader.batch_size,
-        shuffle=True,
+        sampler=sampler,
         collate_fn=loader.collate_fn,
-        generator=torch.Generator().manual_seed(seed),
+        generator=generator,
     )
 
 

@@ -9,7 +9,6 @@ from spectral_callbacks.linalg.eigsh import Search, Which, check_search
 from spectral_callbacks.linalg.operator import LinearOperator
 from spectral_callbacks.linalg.result import Eigenpairs, Status
 
-_LOOK_EVERY = 10  # searches
 _COMPANIONS = 2  # eigenvectors kept beyond those asked for
 _LEAD = 0.5  # step of the extrapolation, in units of the last change; 0.3 to 0.8 cost the same
 _ALIGNED = 0.7  # overlap below which two searches did not find the same eigenvector
@@ -21,13 +20,14 @@ class Tracker:
 
     A search starts from the last eigenvectors, each moved on by half its last change, and from up to two more whose
     eigenvalues are within 20 % and could overtake. The first and then every tenth search also look on from a random
-    vector, so that a direction none of them has a part in cannot stay hidden.
+    vector, so that a direction none of them has a part in cannot stay hidden for long.
 
     Args:
         k: Number of pairs.
         which: As in `eigsh`.
         rtol: As in `eigsh`.
         max_matvecs: Products that one search may spend.
+        look_every: How many searches come to one look; 1 where matrices differ by more than a small change.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -43,12 +43,15 @@ class Tracker:
         True
     """
 
-    def __init__(self, k: int = 1, *, which: Which = "LA", rtol: float = 3e-3, max_matvecs: int = 100) -> None:
+    def __init__(
+        self, k: int = 1, *, which: Which = "LA", rtol: float = 3e-3, max_matvecs: int = 100, look_every: int = 10
+    ) -> None:
         check_search(k, which=which, rtol=rtol, max_matvecs=max_matvecs)
         self._k = k
         self._which: Which = which
         self._rtol = rtol
         self._max_matvecs = max_matvecs
+        self._look_every = look_every
         self._vectors: Tensor | None = None
         self._before: Tensor | None = None
         self._num_warm = 0
@@ -61,7 +64,7 @@ class Tracker:
         )  # fmt: skip
         starts = self._starts(A)
         self._num_warm = self._num_warm + 1 if starts else 0
-        pairs = search.run(starts, look=self._num_warm % _LOOK_EVERY == 0)
+        pairs = search.run(starts, look=self._num_warm % self._look_every == 0)
         self._keep(search, pairs)
         return pairs
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SubsetRandomSampler, TensorDataset
 
 from spectral_callbacks.callbacks import Sharpness
 from spectral_callbacks.callbacks.batches import FixedBatches, second_train_loader
@@ -129,6 +129,16 @@ def test_train_batches_come_from_the_training_set_in_an_order_of_their_own() -> 
     same, again, other = (callback.seen[0][0][0] for callback in callbacks)
     assert torch.equal(same, again)
     assert not torch.equal(same, other)
+
+
+def test_train_batches_come_from_the_part_of_a_data_set_that_the_sampler_draws() -> None:
+    """The rest may be held out."""
+    data = samples(32)
+    training = DataLoader(data, batch_size=4, sampler=SubsetRandomSampler(range(0, 32, 4)))
+    callback = Noting(every_n_steps=2, data="train", num_batches=8)
+    fit(Regression(), callback, data=training)
+    drawn = torch.cat([x for x, _ in callback.seen[0]])
+    assert sorted(drawn[:, 0].tolist()) == sorted(data.tensors[0][::4, 0].tolist())
 
 
 class Augmented(Dataset[Any]):
