@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -30,13 +31,14 @@ class GaussNewton(LinearOperator):
 
     The matrix means what it says only if the loss is convex in the outputs. The first product looks for negative
     curvature there, by up to 20 products with each A_b, which cost no pass of the network: what it refuses is certainly
-    not convex, what it lets pass may be so slightly or rarely.
+    not convex, what it lets pass may be so slightly or rarely. Where it sees no curvature at all (the outputs hold the
+    loss itself, or the loss is linear in them, as L1 is piece by piece) the matrix would be zero, and is refused too.
 
     Args:
         output_objective: What is differentiated.
 
     Raises:
-        ValueError: At the first product, if the loss is not convex in the outputs.
+        ValueError: At the first product, if the loss is not convex in the outputs, or has no curvature there.
 
     References:
         Schraudolph 2002, Fast curvature matrix-vector products for second-order gradient descent; Sagun et al. 2017,
@@ -68,16 +70,29 @@ class GaussNewton(LinearOperator):
         """The share of each batch."""
         return self._objective.weights
 
+    @functools.cached_property
+    def output_shapes(self) -> tuple[tuple[torch.Size, ...], ...]:
+        """The shapes of the outputs: for each batch one for each of its outputs, as `jvp` returns them."""
+        return tuple(tuple(z.shape for z in graph.cut.leaves) for graph in self._objective.graphs())
+
     def matmat(self, X: Tensor) -> Tensor:
         """Return the products with the k columns of X."""
         space = self._objective.space
         directions = [space.unflatten(x) for x in X.unbind(dim=1)]
         products = torch.zeros_like(X)
+        curvatures: list[float] = []
         for graph in self._objective.graphs():
-            self._check_convexity(graph)
+            if not self._is_checked:
+                curvatures.append(self._check_convexity(graph))
             for column, direction in zip(products.unbind(dim=1), directions, strict=True):
                 product = graph.vjp(graph.curvature(graph.jvp(direction)))
                 column.add_(space.flatten(product), alpha=graph.weight)
+        if curvatures and not any(curvatures):
+            raise ValueError(
+                f"the loss has no curvature in the outputs of {self._objective.source}, so its Gauss-Newton matrix is "
+                "zero: they hold the loss itself, or it is linear in them (L1 and hinge losses are, piece by piece); "
+                "name as outputs= the submodule before the loss, which returns the logits, or leave Gauss-Newton out."
+            )
         self._is_checked = True
         return products
 
@@ -97,12 +112,11 @@ class GaussNewton(LinearOperator):
         """Return A_b w_b for each batch, without its weight: shapes as `jvp` returns them."""
         return tuple(graph.curvature(x) for graph, x in zip(self._objective.graphs(), w, strict=True))
 
-    def _check_convexity(self, graph: OutputGraph) -> None:
-        if self._is_checked:
-            return
+    def _check_convexity(self, graph: OutputGraph) -> float:
+        """Return the largest magnitude of a curvature that was seen."""
         A = OutputCurvature(graph)
         if not A.shape[0]:
-            return
+            return 0.0
         look = max(2, min(_MAX_LOOK, _LOOK_BYTES // (A.shape[0] * A.dtype.itemsize)))
         generator = torch.Generator(A.device).manual_seed(0)
         pairs = eigsh(A, min(2, A.shape[0]), which="BE", max_matvecs=look, generator=generator)
@@ -115,6 +129,7 @@ class GaussNewton(LinearOperator):
                 "ones that are not the network's; name a later output as outputs=, in which the loss is convex, or "
                 "leave Gauss-Newton out."
             )
+        return scale
 
 
 class OutputCurvature(LinearOperator):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectral_callbacks.operators.samples import Chunk, Samples
+from spectral_callbacks.operators.samples import Samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,27 +30,30 @@ class SampleCurvature:
     curvatures: Tensor
     losses: Tensor
 
+    def gradient_gram(self) -> Tensor:  # (N, N)
+        """Return the inner products of the gradients of all samples."""
+        return torch.einsum("ic,icjd,jd->ij", self.slopes, self.gram, self.slopes)
+
 
 def gram(samples: Samples) -> Tensor:  # (N C, N C)
     """Return the inner products of all Jacobian rows, float64 on the CPU.
 
-    At most 256 MiB of rows are held: beyond that, rows are computed again for each pair of blocks. Products of float32
-    rows are taken in float32, and summed over the parameters in float64.
+    Each row is computed once, and all are held. Products of float32 rows are taken in float32, and summed over the
+    parameters in float64.
     """
     num_rows = samples.num_samples * samples.num_outputs
     result = torch.empty(num_rows, num_rows, dtype=torch.float64)
-    blocks = _blocks(samples)
-    for i, block in enumerate(blocks):
-        held = [(place, samples.rows(chunk)) for place, chunk in block]
-        for place, rows in held:
-            for other, others in held:
-                if other.start <= place.start:
-                    _fill(result, place, rows, other, others)
-        for later in blocks[i + 1 :]:
-            for place, chunk in later:
-                rows = samples.rows(chunk)
-                for other, others in held:
-                    _fill(result, place, rows, other, others)
+    held: list[tuple[slice, tuple[Tensor, ...]]] = []
+    start = 0
+    for chunk in samples.chunks():
+        rows = samples.rows(chunk)
+        place = slice(start, start + len(rows[0]))
+        start = place.stop
+        held.append((place, rows))
+        for other, others in held:
+            products = _products(rows, others)
+            result[place, other] = products
+            result[other, place] = products.mT
     return result
 
 
@@ -62,33 +65,17 @@ def sample_curvature(samples: Samples) -> SampleCurvature:
     losses, slopes, curvatures = zip(*(samples.scores(*place) for place in places), strict=True)
     return SampleCurvature(
         gram=rows.view(N, C, N, C),
-        slopes=torch.cat(slopes).double().cpu(),
-        curvatures=torch.cat(curvatures).double().cpu(),
-        losses=torch.cat(losses).double().cpu(),
+        slopes=torch.cat(slopes).cpu().double(),
+        curvatures=torch.cat(curvatures).cpu().double(),
+        losses=torch.cat(losses).cpu().double(),
     )
 
 
-def _blocks(samples: Samples) -> list[list[tuple[slice, Chunk]]]:
-    """Group the chunks so that two groups can be held, or one if it is all."""
-    num_rows = samples.num_samples * samples.num_outputs
-    held = samples.held_bytes
-    limit = held if num_rows * samples.row_bytes <= held else held // 2
-    blocks: list[list[tuple[slice, Chunk]]] = []
-    start = size = 0
-    for chunk in samples.chunks():
-        count = len(chunk.samples) * len(chunk.outputs)
-        if not blocks or size + count * samples.row_bytes > limit:
-            blocks.append([])
-            size = 0
-        blocks[-1].append((slice(start, start + count), chunk))
-        start, size = start + count, size + count * samples.row_bytes
-    return blocks
-
-
-def _fill(result: Tensor, place: slice, rows: Sequence[Tensor], other: slice, others: Sequence[Tensor]) -> None:
-    products = torch.zeros(len(rows[0]), len(others[0]), dtype=torch.float64, device=rows[0].device)
+def _products(
+    rows: Sequence[Tensor], others: Sequence[Tensor]
+) -> Tensor:  # float64 on the CPU: not all devices know it
+    products = torch.zeros(len(rows[0]), len(others[0]), dtype=torch.float64)
     for a, b in zip(rows, others, strict=True):
         dtype = torch.promote_types(a.dtype, torch.float32)
-        products += a.to(dtype) @ b.to(dtype).mT
-    result[place, other] = products.cpu()
-    result[other, place] = products.mT.cpu()
+        products += (a.to(dtype) @ b.to(dtype).mT).cpu()
+    return products

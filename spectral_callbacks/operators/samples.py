@@ -10,10 +10,14 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from spectral_callbacks.operators.memory import free_bytes
 from spectral_callbacks.operators.outputs import Cut, slopes_of
 from spectral_callbacks.operators.parameters import ParameterSpace
 
 _GRAM_BYTES = 2**31  # of the result
+_ROW_BYTES = 2**31  # of all rows together
+_SHARE = 4  # or one in four of the free bytes, if that is less
+_CHUNK_BYTES = 2**27  # of rows computed at once
 _ROWS_AT_ONCE = 256  # backward passes run as one, which bounds their activations
 _MARGIN = 3.0  # in units of √ε, between two ways to the same derivative
 _T = TypeVar("_T")
@@ -55,23 +59,16 @@ class Samples(abc.ABC):
         space: The parameters.
         batches: The samples, in order.
         num_outputs: C, of each sample.
-
-    Attributes:
-        held_bytes: Memory of all rows that may be held at a time.
+        num_samples: How many samples to take, the first ones.
     """
 
-    held_bytes: int = 2**28
-
-    def __init__(self, space: ParameterSpace, batches: Sequence[SampleBatch], num_outputs: int) -> None:
+    def __init__(
+        self, space: ParameterSpace, batches: Sequence[SampleBatch], num_outputs: int, num_samples: int
+    ) -> None:
         self.space = space
         self.batches = tuple(batches)
         self.num_outputs = num_outputs
-        self.num_samples = sum(batch.size for batch in batches)
-
-    @property
-    def row_bytes(self) -> int:
-        """Memory of one row of the Jacobian."""
-        return sum(p.numel() * p.element_size() for p in self.space.tensors)
+        self.num_samples = num_samples
 
     @abc.abstractmethod
     def rows(self, chunk: Chunk) -> tuple[Tensor, ...]:
@@ -83,16 +80,19 @@ class Samples(abc.ABC):
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield all chunks, in the order of their rows."""
-        limit = max(1, min(_ROWS_AT_ONCE, self.held_bytes // 2 // self.row_bytes))
+        limit = max(1, min(_ROWS_AT_ONCE, _CHUNK_BYTES // _row_bytes(self.space)))
         for batch, samples in self.sample_chunks(max(1, limit // self.num_outputs)):
             for outputs in _split(range(self.num_outputs), limit):
                 yield Chunk(batch, samples, outputs)
 
     def sample_chunks(self, limit: int) -> Iterator[tuple[int, range]]:
         """Yield the samples that are run together, as batch and indices."""
-        for batch in range(len(self.batches)):
-            for samples in _split(range(self.batches[batch].size), limit):
-                yield batch, samples
+        left = self.num_samples
+        for place, batch in enumerate(self.batches):
+            size = min(left, batch.size)
+            left -= size
+            for samples in _split(range(size), limit):
+                yield place, samples
 
 
 class Looped(Samples):
@@ -172,24 +172,46 @@ class Vectorized(Samples):
 def samples_of(space: ParameterSpace, batches: Sequence[SampleBatch]) -> Samples:
     """Return the samples, vectorized if that works and agrees with plain autograd on the first one, else looped.
 
+    All rows of their Jacobians are held at once, in at most 2 GiB and a quarter of what is free, and their inner
+    products in 2 GiB: where that is not enough for all samples, only the first ones are taken, but not less than two.
+
     Raises:
-        ValueError: If inner products of all their Jacobian rows would take more than 2 GiB.
+        ValueError: If two are too many.
     """
-    num_samples, num_outputs = sum(batch.size for batch in batches), sum(z.numel() for z in batches[0].cut(0).outputs)
-    num_bytes = 8 * (num_samples * num_outputs) ** 2
-    if num_bytes > _GRAM_BYTES:
-        fitting = math.isqrt(_GRAM_BYTES // 8) // num_outputs
-        remedy = f"pass num_samples={fitting} or fewer" if fitting else "leave this quantity out"
-        raise ValueError(
-            f"the inner products of the Jacobian rows of {num_samples} samples with {num_outputs} outputs each take "
-            f"{num_bytes / 2**30:.3g} GiB, and {_GRAM_BYTES // 2**30} GiB are allowed; {remedy}."
-        )
-    looped, vectorized = Looped(space, batches, num_outputs), Vectorized(space, batches, num_outputs)
+    num_outputs = sum(z.numel() for z in batches[0].cut(0).outputs)
+    num_samples = _fitting(space, sum(batch.size for batch in batches), num_outputs)
+    looped, vectorized = (way(space, batches, num_outputs, num_samples) for way in (Looped, Vectorized))
     try:
         plain, fast = map(_first, (looped, vectorized))
     except Exception:  # noqa: BLE001 - the user's code under transforms of torch; what is its own fault the loop raises
         return looped
     return vectorized if all(map(_agree, plain, fast)) else looped
+
+
+def _fitting(space: ParameterSpace, num_wanted: int, num_outputs: int) -> int:
+    """Return how many samples have rows that can be held."""
+    free, of_sample = free_bytes(space.device), num_outputs * _row_bytes(space)
+    share = _ROW_BYTES if free is None else min(_ROW_BYTES, free // _SHARE)
+    by_gram, by_rows = math.isqrt(_GRAM_BYTES // 8) // max(1, num_outputs), share // max(1, of_sample)
+    fewest = min(2, num_wanted)
+    limit = share if free is None else max(share, free // 2)
+    if by_gram < fewest or fewest * of_sample > limit:
+        rows, products = fewest * of_sample, 8 * (fewest * num_outputs) ** 2
+        raise ValueError(
+            f"of {fewest} samples with {num_outputs} outputs each the Jacobian rows take {_gib(rows)} and their inner "
+            f"products {_gib(products)}; {_gib(limit)} and {_gib(_GRAM_BYTES)} are allowed. Name a submodule with "
+            "fewer outputs as outputs=, or leave this quantity out."
+        )
+    return max(fewest, min(num_wanted, by_gram, by_rows))
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB"
+
+
+def _row_bytes(space: ParameterSpace) -> int:
+    """Return the memory of one row of the Jacobian."""
+    return sum(p.numel() * p.element_size() for p in space.tensors)
 
 
 def _slope_and_curvature(cut: Cut) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from spectral_callbacks.probe.isolation import Mode as Mode
 from spectral_callbacks.probe.isolation import undisturbed as undisturbed
 from spectral_callbacks.probe.outputs import NoOutputsError as NoOutputsError
 from spectral_callbacks.probe.outputs import named_module as named_module
+from spectral_callbacks.probe.outputs import plain_name as plain_name
 from spectral_callbacks.probe.probe import Probe as Probe
 from spectral_callbacks.probe.randomness import seed_generators as seed_generators
 from spectral_callbacks.probe.selftest import WrongDerivativeError as WrongDerivativeError

@@ -18,6 +18,10 @@ Mode = Literal["train", "eval"]
 _T = TypeVar("_T")
 
 
+class WrittenParametersError(RuntimeError):
+    """The loss writes to a trainable parameter, so it is no function of them."""
+
+
 class Isolation:
     """The inside of `undisturbed`: evaluates closures, each from the state the module was found in.
 
@@ -42,7 +46,7 @@ class Isolation:
             seed: Seeds every global generator; None lets the closure draw what training draws next.
 
         Raises:
-            RuntimeError: If the closure writes to a trainable parameter. The parameter is put back first.
+            WrittenParametersError: If the closure writes to a trainable parameter. The parameter is put back first.
         """
         self._state.substitute_buffers()
         if seed is None:
@@ -91,7 +95,7 @@ class Isolation:
         ]
         if moved:
             more = ", ..." if len(moved) > 3 else ""
-            raise RuntimeError(
+            raise WrittenParametersError(
                 f"the loss writes to the trainable parameters {', '.join(moved[:3])}{more}, so it is no function of "
                 "them; they were put back. Pass loss= that computes the loss without this write."
             )

@@ -21,6 +21,16 @@ class NoOutputsError(ValueError):
     """A quantity that needs the model's outputs was asked for, and no one said where they are."""
 
 
+def plain_name(dotted: str) -> str:
+    """Return a dotted name without what torch.compile puts into it.
+
+    Example:
+        >>> plain_name("net._orig_mod.0")
+        'net.0'
+    """
+    return ".".join(part for part in dotted.split(".") if part != _COMPILED)
+
+
 def named_module(module: nn.Module, name: str, *, knob: str) -> nn.Module:
     """Return the submodule of this name; of a compiled one the module that was compiled.
 
@@ -34,9 +44,9 @@ def named_module(module: nn.Module, name: str, *, knob: str) -> nn.Module:
     """
     by_name: dict[str, nn.Module] = {}
     for dotted, submodule in module.named_modules(remove_duplicate=False):
-        by_name[".".join(part for part in dotted.split(".") if part != _COMPILED)] = submodule
-    if name in by_name:
-        return by_name[name]
+        by_name[plain_name(dotted)] = submodule
+    if plain_name(name) in by_name:
+        return by_name[plain_name(name)]
     close = difflib.get_close_matches(name, by_name, n=3, cutoff=0.5)
     known = [dotted for dotted in by_name if dotted and "." not in dotted][:_LISTED]
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else f"it has {', '.join(map(repr, known))}; "

@@ -19,15 +19,13 @@ from spectral_callbacks.operators import (
     OutputObjective,
     ParameterSpace,
     SampleCurvature,
-    Samples,
     gram,
     sample_curvature,
-    samples_of,
 )
-from spectral_callbacks.probe.batches import copied, num_samples, selected, shares
+from spectral_callbacks.probe.batches import copied, num_samples
 from spectral_callbacks.probe.isolation import Isolation, Mode, undisturbed
 from spectral_callbacks.probe.outputs import NoOutputsError, cut
-from spectral_callbacks.probe.samples import frozen_samples
+from spectral_callbacks.probe.samples import SampledLoss, running_on
 from spectral_callbacks.stability import Edge, edges
 
 _T = TypeVar("_T")
@@ -182,46 +180,48 @@ class Probe:
         `BatchNorm` normalises within each batch.
 
         Raises:
-            ValueError: If there is no such sample, or the tensors of a batch do not share dimension 0.
+            ValueError: If there is no such sample, or the tensors of a batch do not share dimension 0; from the first
+                evaluation on, if the loss does not run on these samples.
         """
-        places, own = zip(*shares(self.batches, indices.cpu()), strict=True)
-        losses = [
-            functools.partial(self.evaluate, selected(self.batches[place], chosen), seed=self._seed + place)
-            for place, chosen in zip(places, own, strict=True)
-        ]
-        return Objective(self.space, losses, list(map(len, own)))
+        return self._sampled.subset(indices.cpu())
 
-    def per_sample_gram(self, count: int | None = None) -> Tensor:  # (N, N)
+    def per_sample_gram(self, num_samples: int | None = 64) -> Tensor:  # (N, N)
         """Return the inner products of the gradients of each sample's own loss, float64 on the CPU.
 
-        A sample's loss is that of a batch of this sample alone. Their mean is the loss of the probe where the loss is a
-        mean over samples; dropout masks are drawn for each sample. Cost: N forward and backward passes of one sample,
-        run together where torch.func.vmap can run the loss.
+        A sample's loss is that of a batch of this sample alone; dropout masks are drawn for each. The loss of a batch
+        must be their mean, which is looked at (`check_mean`). Cost: N forward and backward passes of one sample, run
+        together where torch.func.vmap can run the loss, and two of all N as one batch; of a loss with random numbers
+        16 such and N of one sample.
 
         Args:
-            count: N, the first ones over the batches in order; all if None.
+            num_samples: N, the first ones over the batches in order; all if None. Fewer come back where their
+                gradients, which are held at once, would take more than 2 GiB or a quarter of the free memory; not less
+                than 2.
 
         Raises:
-            ValueError: If samples have no loss of their own: `BatchNorm` in training mode, or tensors of the batch that
-                do not share dimension 0.
+            ValueError: If samples have no loss of their own: `BatchNorm` in training mode, tensors of the batch that do
+                not share dimension 0, a loss that does not run on one sample or is not the mean over samples.
         """
-        return self._share(("gram", count), lambda: gram(self._samples(count, None)))
+        return self._share(("gram", num_samples), lambda: self._build_gram(num_samples))
 
-    def sample_curvature(self, count: int | None = None) -> SampleCurvature:
+    def sample_curvature(self, num_samples: int | None = 64) -> SampleCurvature:
         """Return the Gauss-Newton matrix of each sample, in its output coordinates.
 
-        Cost: N forward and N C backward passes of one sample, run together where torch.func.vmap can run the loss.
+        Cost: N forward and N C backward passes of one sample, run together where torch.func.vmap can run the loss, and
+        what `per_sample_gram` spends on batches.
 
         Args:
-            count: N, the first ones over the batches in order; all if None.
+            num_samples: N, the first ones over the batches in order; all if None. Fewer come back, as by
+                `per_sample_gram`, where the N C rows of their Jacobians would take too much memory (4 of a network of
+                11 million float32 parameters and 10 outputs): `len(result.losses)` tells how many.
 
         Raises:
             NoOutputsError: If the probe was given no `outputs`.
-            ValueError: As `per_sample_gram`; also if the result would take more than 2 GiB.
+            ValueError: As `per_sample_gram`; also if the rows of two samples are too many, or the loss goes around the
+                outputs.
         """
-        outputs = self._named_outputs()
-        key = (SampleCurvature, outputs, count)
-        return self._share(key, lambda: sample_curvature(self._samples(count, outputs)))
+        key = (SampleCurvature, self._named_outputs(), num_samples)
+        return self._share(key, lambda: self._build_sample_curvature(num_samples))
 
     def evaluate(self, batch: Any, *, seed: int | None) -> Tensor:  # ()
         """Return the loss of one batch with its graph, from the state the model was found in.
@@ -267,12 +267,23 @@ class Probe:
 
         return self._isolation.evaluate(evaluate, seed=seed)
 
-    def _samples(self, count: int | None, outputs: str | None) -> Samples:
-        batches = frozen_samples(
-            self._isolation, self.module, self.space, self._loss, self.batches,
-            count=count, outputs=outputs, seed=self._seed,
-        )  # fmt: skip
-        return samples_of(self.space, batches)
+    def _build_gram(self, num_wanted: int | None) -> Tensor:
+        sampled = self._sampled
+        with running_on(1):
+            result = gram(sampled.alone(num_wanted, None))
+            sampled.check_mean(result, None)
+        return result
+
+    def _build_sample_curvature(self, num_wanted: int | None) -> SampleCurvature:
+        sampled, outputs = self._sampled, self._named_outputs()
+        with running_on(1):
+            result = sample_curvature(sampled.alone(num_wanted, outputs))
+            sampled.check_mean(result.gradient_gram(), result.losses)
+        return result
+
+    @property
+    def _sampled(self) -> SampledLoss:
+        return SampledLoss(self._isolation, self.module, self.space, self._loss, self.batches, self._seed)
 
     def _each_parameter(self, of_groups: Sequence[Sequence[_T]]) -> tuple[_T, ...]:
         """Return what belongs to each parameter of the space, out of one sequence a parameter group."""

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spectral_callbacks.operators import Cut, ParameterSpace, SampleBatch, SampleFunction, scalar
-from spectral_callbacks.probe.batches import check_samples, mapped, num_samples, selected, tensors_of
-from spectral_callbacks.probe.isolation import Isolation
+from spectral_callbacks.operators import (
+    Cut,
+    GradientGraph,
+    Objective,
+    ParameterSpace,
+    SampleBatch,
+    SampleFunction,
+    Samples,
+    samples_of,
+    scalar,
+)
+from spectral_callbacks.probe.backends import explain
+from spectral_callbacks.probe.batches import (
+    check_samples,
+    copied,
+    mapped,
+    num_samples,
+    selected,
+    shares,
+    tensors_of,
+)
+from spectral_callbacks.probe.isolation import Isolation, WrittenParametersError
+from spectral_callbacks.probe.means import check_mean
 from spectral_callbacks.probe.outputs import cut, intercepted
 
 _T = TypeVar("_T")
@@ -81,8 +102,9 @@ class FrozenSamples(SampleBatch):
 
     def _cut(self, batch: Any) -> Cut:
         if self._outputs is not None:
-            return cut(self._module, self._outputs, lambda: self._loss(self._module, batch), self._space.tensors)
-        loss = scalar(self._loss(self._module, batch))
+            run = functools.partial(loss_on_samples, self._loss, self._module, batch)
+            return cut(self._module, self._outputs, run, self._space.tensors)
+        loss = scalar(loss_on_samples(self._loss, self._module, batch))
         leaf = loss.detach().requires_grad_()
         return Cut((loss,), (leaf,), leaf.clone())
 
@@ -123,34 +145,125 @@ class _Evaluated(nn.Module):
         return self._loss(self.module, batch)
 
 
-def frozen_samples(
-    isolation: Isolation,
-    module: nn.Module,
-    space: ParameterSpace,
-    loss: Callable[[nn.Module, Any], Tensor],
-    batches: Sequence[Any],
-    *,
-    count: int | None,
-    outputs: str | None,
-    seed: int,
-) -> list[SampleBatch]:
-    """Return the first samples over all batches, batch by batch; all of them where no count is given.
+@dataclasses.dataclass(frozen=True)
+class SampledLoss:
+    """A loss on some of the samples of frozen batches, together or each alone.
+
+    Attributes:
+        isolation: Of the module.
+        module: In training.
+        space: Its parameters that are measured.
+        loss: (module, batch) -> scalar Tensor.
+        batches: All of them.
+        seed: Of the random numbers.
+    """
+
+    isolation: Isolation
+    module: nn.Module
+    space: ParameterSpace
+    loss: Callable[[nn.Module, Any], Tensor]
+    batches: Sequence[Any]
+    seed: int
+
+    def subset(self, indices: Tensor) -> Objective:
+        """Return the mean over some samples, batch by batch.
+
+        Raises:
+            ValueError: If there is no such sample, or samples are not defined.
+        """
+        places, own = zip(*shares(self.batches, indices), strict=True)
+        losses = [
+            functools.partial(self.evaluate, selected(self.batches[place], chosen), seed=self.seed + place)
+            for place, chosen in zip(places, own, strict=True)
+        ]
+        return _Subset(self.space, losses, list(map(len, own)))
+
+    def alone(self, num_wanted: int | None, outputs: str | None) -> Samples:
+        """Return the first samples over all batches, batch by batch; all of them where no number is given.
+
+        Raises:
+            ValueError: If not even one is asked for, or samples have no loss of their own.
+        """
+        left = sum(map(num_samples, self.batches)) if num_wanted is None else num_wanted
+        if left < 1:
+            raise ValueError(f"num_samples={left} must be at least 1; pass None to measure on all samples.")
+        _refuse_coupling(self.module)
+        found: list[SampleBatch] = []
+        for index, batch in enumerate(self.batches):
+            size = min(left, num_samples(batch))
+            left -= size
+            if size:
+                seeds = range(self.seed + index, self.seed + index + size * len(self.batches), len(self.batches))
+                found.append(
+                    FrozenSamples(self.isolation, self.module, self.space, self.loss, batch, size, outputs, seeds)
+                )
+        return samples_of(self.space, found)
+
+    def check_mean(self, gram: Tensor, losses: Tensor | None) -> None:
+        """Raise a ValueError unless the first samples as a batch have the mean of their gradients and losses."""
+        check_mean(self.space, self.batches, self.evaluate, seed=self.seed, gram=gram, losses=losses)
+
+    def evaluate(self, batch: Any, *, seed: int, in_eval_mode: bool = False) -> Tensor:  # ()
+        """Return the loss of a batch of samples with its graph.
+
+        Raises:
+            ValueError: If the loss does not run on them.
+        """
+
+        def run() -> Tensor:
+            module = self.module.eval() if in_eval_mode else self.module  # until the evaluation ends
+            return loss_on_samples(self.loss, module, copied(batch))
+
+        return self.isolation.evaluate(run, seed=seed)
+
+
+def loss_on_samples(loss: Callable[[nn.Module, Any], Tensor], module: nn.Module, batch: Any) -> Tensor:
+    """Return the loss of a batch of some samples only.
 
     Raises:
-        ValueError: If not even one is asked for, or samples have no loss of their own.
+        ValueError: If it does not run on them, with its own error as the cause.
     """
-    left = sum(map(num_samples, batches)) if count is None else count
-    if left < 1:
-        raise ValueError(f"got {left} samples to measure on; pass at least 1.")
-    _refuse_coupling(module)
-    found: list[SampleBatch] = []
-    for index, batch in enumerate(batches):
-        size = min(left, num_samples(batch))
-        left -= size
-        if size:
-            seeds = range(seed + index, seed + index + size * len(batches), len(batches))
-            found.append(FrozenSamples(isolation, module, space, loss, batch, size, outputs, seeds))
-    return found
+    try:
+        return loss(module, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _does_not_run(num_samples(batch), error) from error
+
+
+@contextlib.contextmanager
+def running_on(number: int) -> Iterator[None]:
+    """Raise a ValueError for what goes wrong inside because the loss was given so few samples.
+
+    Some losses fail only when they are differentiated. Errors of ours, of memory, and about second derivatives stay.
+    """
+    try:
+        yield
+    except (ValueError, torch.OutOfMemoryError, WrittenParametersError):
+        raise
+    except Exception as error:
+        if explain(error) is not None:
+            raise
+        raise _does_not_run(number, error) from error
+
+
+def _does_not_run(number: int, error: Exception) -> ValueError:
+    return ValueError(
+        f"the loss does not run on {number} of its samples: {error}; pass loss= that takes a batch of any size "
+        "(squeeze() drops the dimension of a single sample), or leave this quantity out."
+    )
+
+
+class _Subset(Objective):
+    """The loss on some samples, which it may not run on."""
+
+    def __init__(self, space: ParameterSpace, losses: Sequence[Callable[[], Tensor]], sizes: Sequence[int]) -> None:
+        super().__init__(space, losses, sizes)
+        self._sizes = tuple(sizes)
+
+    def _differentiate(self, index: int, *, create_graph: bool) -> GradientGraph:
+        with running_on(self._sizes[index]):
+            return super()._differentiate(index, create_graph=create_graph)
 
 
 def _refuse_coupling(module: nn.Module) -> None:

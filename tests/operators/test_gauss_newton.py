@@ -237,10 +237,8 @@ CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
     "confident cross-entropy": lambda z: F.cross_entropy(100 * z, torch.zeros(len(z), dtype=torch.long)),
     "squared": lambda z: z.square().mean(),
     "huber": lambda z: F.huber_loss(z, torch.ones_like(z)),
-    "absolute": lambda z: z.abs().mean(),
     "binary": lambda z: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)),
     "poisson": lambda z: F.poisson_nll_loss(z, torch.ones_like(z)),
-    "linear": lambda z: z.mean(),
     "one output, large": lambda z: 1e6 * z.sum().square(),
 }
 
@@ -255,6 +253,78 @@ def test_a_convex_loss_is_not_refused(name: str, dtype: torch.dtype) -> None:
     ) as probe:
         product = probe.gauss_newton().matmat(torch.ones(probe.space.size, 1, dtype=probe.space.dtype))
     assert product.isfinite().all()
+
+
+FLAT: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda z: z.mean(),
+    "absolute": lambda z: F.l1_loss(z, torch.ones_like(z)),
+    "hinge": lambda z: (1 - z).relu().sum(),
+    "huber, from afar": lambda z: F.huber_loss(z, torch.full_like(z, 100.0)),
+    "no output": lambda z: torch.ones(()),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_without_curvature_in_the_outputs_is_refused(name: str, dtype: torch.dtype) -> None:
+    module = mlp(4, 5, 3).to(dtype)
+    x = torch.randn(16, 4, dtype=dtype)
+    with open_probe(module, [x, x], lambda module, x: FLAT[name](module(x))) as probe:
+        G = probe.gauss_newton()
+        for _ in range(2):
+            with pytest.raises(
+                ValueError,
+                match=r"no curvature in the outputs of outputs='', .* \(L1 .*; name as outputs= the submodule",
+            ):
+                G.matmat(torch.ones(probe.space.size, 1, dtype=dtype))
+
+
+class Scored(nn.Module):
+    """Returns its own loss along with the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(4, 5, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"loss": F.cross_entropy(logits, y), "logits": logits}
+
+
+def test_outputs_that_hold_the_loss_itself_are_refused() -> None:
+    module, batch = Scored(), classes(8)
+
+    def own(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return module(*batch)["loss"]
+
+    with open_probe(module, [batch], own) as probe:
+        v = torch.ones(probe.space.size, 1, dtype=torch.float64)
+        with pytest.raises(ValueError, match=r"they hold the loss itself, .* name as outputs= the submodule before"):
+            probe.gauss_newton().matmat(v)
+    with open_probe(module, [batch], own, "net") as probe:
+        assert probe.gauss_newton().matmat(v).any()
+
+
+def test_one_batch_without_curvature_is_none_of_all() -> None:
+    module, x = mlp(4, 5, 3), torch.randn(16, 4, dtype=torch.float64)
+    near, far = torch.zeros(16, 3, dtype=torch.float64), torch.full((16, 3), 100.0, dtype=torch.float64)
+    with open_probe(module, [(x, far), (x, near)], lambda m, batch: F.huber_loss(m(batch[0]), batch[1])) as probe:
+        assert probe.gauss_newton().matmat(torch.ones(probe.space.size, 1, dtype=torch.float64)).any()
+
+
+@pytest.mark.parametrize("keep_graphs", [True, False])
+def test_output_shapes_are_those_of_each_batch(*, keep_graphs: bool) -> None:
+    module = nn.Linear(2, 3)
+
+    def cut(n: int) -> Cut:
+        z, w = module(torch.ones(n, 4, 2)), module(torch.ones(2)).sum()
+        leaves = z.detach().requires_grad_(), w.detach().requires_grad_()
+        return Cut((z, w), leaves, leaves[0].square().sum() + leaves[1])
+
+    cuts = [functools.partial(cut, 5), functools.partial(cut, 1)]
+    G = GaussNewton(OutputObjective(ParameterSpace(module), cuts, keep_graphs=keep_graphs))
+    assert G.output_shapes == (((5, 4, 3), ()), ((1, 4, 3), ()))
+    assert G.output_shapes == tuple(tuple(t.shape for t in of_batch) for of_batch in G.jvp(torch.zeros(9)))
 
 
 def test_convexity_is_looked_at_once_and_costs_no_pass_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:

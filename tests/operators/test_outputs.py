@@ -150,10 +150,12 @@ def test_the_two_halves_of_a_product_are_those_of_autograd() -> None:
 
 
 @pytest.mark.parametrize("loss", [lambda z: 3 * z.sum(), lambda z: torch.ones(())])
-def test_a_loss_linear_in_the_outputs_has_no_curvature(loss: Callable[[Tensor], Tensor]) -> None:
+def test_a_loss_linear_in_the_outputs_is_known_by_its_curvature(loss: Callable[[Tensor], Tensor]) -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
     G = GaussNewton(OutputObjective(ParameterSpace(module), [lambda: cut_of((module(torch.ones(4, 2)),), loss)]))
-    assert not G.to_dense().any()
+    assert not G.output_curvature([(torch.ones(4, 1),)])[0][0].any()
+    with pytest.raises(ValueError, match="the loss has no curvature in the outputs of the model"):
+        G.to_dense()
 
 
 def test_outputs_that_no_parameter_reaches_have_no_jacobian() -> None:

@@ -99,7 +99,7 @@ def expected(module: nn.Module, batches: Sequence[Rows]) -> tuple[Tensor, Tensor
 
 
 def build(way: type[Samples], module: nn.Module, batches: Sequence[SampleBatch], num_outputs: int = 7) -> Samples:
-    return way(ParameterSpace(module), batches, num_outputs)
+    return way(ParameterSpace(module), batches, num_outputs, sum(batch.size for batch in batches))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -119,15 +119,19 @@ def test_all_quantities_are_those_of_a_loop_over_samples(way: type[Samples]) -> 
         assert not value.requires_grad
 
 
+def row_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("held_rows", "at_once"), [(6, 256), (10, 2), (16, 5), (28, 256), (120, 9)])
-def test_however_little_is_held_at_once_the_result_is_the_same(
-    way: type[Samples], held_rows: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rows", "at_once"), [(1, 256), (10, 2), (16, 5), (28, 256), (120, 9)])
+def test_however_little_is_computed_at_once_the_result_is_the_same(
+    way: type[Samples], rows: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, batches = problem(4, 2)
     samples = build(way, module, batches)
     whole = sample_curvature(samples)
-    samples.held_bytes = held_rows * samples.row_bytes
+    monkeypatch.setattr(engine, "_CHUNK_BYTES", rows * row_bytes(module))
     monkeypatch.setattr(engine, "_ROWS_AT_ONCE", at_once)
     assert len(list(samples.chunks())) > 1
     parts = sample_curvature(samples)
@@ -136,22 +140,66 @@ def test_however_little_is_held_at_once_the_result_is_the_same(
     torch.testing.assert_close(parts.losses, whole.losses, rtol=1e-13, atol=1e-13)
 
 
-def test_no_more_rows_are_held_than_are_allowed() -> None:
-    module, batches = problem(9)
-    samples = build(Vectorized, module, batches)
-    samples.held_bytes = 30 * samples.row_bytes  # two blocks of 15 rows, 2 samples each
-    chunks = list(samples.chunks())
-    assert [len(chunk.samples) for chunk in chunks] == [2, 2, 2, 2, 1]
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("at_once", [1, 3, 7, 20, 256])
+def test_every_row_is_computed_once(way: type[Samples], at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, batches = problem(5, 3)
+    monkeypatch.setattr(engine, "_ROWS_AT_ONCE", at_once)
+    samples = build(way, module, batches)
+    calls: list[Chunk] = []
+
+    def rows(chunk: Chunk) -> tuple[Tensor, ...]:
+        calls.append(chunk)
+        return way.rows(samples, chunk)
+
+    monkeypatch.setattr(samples, "rows", rows)
     gram(samples)
-    assert len(batches[0].maps) == 5 + 4 + 3 + 2 + 1
+    computed = [(chunk.batch, i, c) for chunk in calls for i in chunk.samples for c in chunk.outputs]
+    assert sorted(computed) == [(b, i, c) for b, size in enumerate((5, 3)) for i in range(size) for c in range(7)]
 
 
-def test_all_rows_are_computed_once_where_they_can_be_held() -> None:
-    module, batches = problem(9)
-    samples = build(Vectorized, module, batches)
-    samples.held_bytes = 63 * samples.row_bytes
-    gram(samples)
-    assert len(batches[0].maps) == len(list(samples.chunks())) == 3
+MEMORY: dict[str, tuple[int, int | None, int]] = {
+    "enough": (100, None, 8),
+    "of six samples": (6, None, 6),
+    "of six and a bit": (6, 4 * 7, 6),
+    "free for six, a quarter of it": (100, 4 * 6, 6),
+    "free for less than two, half of it for two": (100, 4, 2),
+    "allowed for one, free for more": (1, 100, 2),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_as_many_samples_are_taken_as_have_rows_that_can_be_held(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in units of the rows of one sample."""
+    allowed, free, found = MEMORY[name]
+    module, batches = problem(5, 3)
+    of_sample = 7 * row_bytes(module)
+    monkeypatch.setattr(engine, "_ROW_BYTES", allowed * of_sample)
+    monkeypatch.setattr(engine, "free_bytes", lambda device: None if free is None else free * of_sample)
+    samples = samples_of(ParameterSpace(module), batches)
+    assert samples.num_samples == found
+    curvature = sample_curvature(samples)
+    J, slopes, curvatures, losses, _ = expected(module, batches)
+    torch.testing.assert_close(curvature.gram, torch.einsum("icn,jdn->icjd", J[:found], J[:found]))
+    torch.testing.assert_close(curvature.slopes, slopes[:found])
+    torch.testing.assert_close(curvature.curvatures, curvatures[:found])
+    torch.testing.assert_close(curvature.losses, losses[:found])
+
+
+@pytest.mark.parametrize("free", [None, 3])
+def test_two_samples_that_cannot_be_held_are_refused_before_any_work(
+    free: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, batches = problem(5, 3)
+    of_sample = 7 * row_bytes(module)
+    monkeypatch.setattr(engine, "_ROW_BYTES", of_sample)
+    monkeypatch.setattr(engine, "free_bytes", lambda device: None if free is None else free * of_sample)
+    with pytest.raises(ValueError, match=r"of 2 samples with 7 outputs each the Jacobian rows take .* leave this"):
+        samples_of(ParameterSpace(module), batches)
+    assert batches[0].cuts == [0]
+    assert not batches[0].maps
+    one = Rows(module, batches[0]._x[:1], batches[0]._y[:1])
+    assert samples_of(ParameterSpace(module), [one]).num_samples == 1
 
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 8, 100])
@@ -228,17 +276,12 @@ def test_samples_of_different_shape_are_refused() -> None:
         gram(samples)
 
 
-def test_a_result_that_is_too_large_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_samples_are_taken_as_have_inner_products_of_2_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     module, batches = problem(9)
     monkeypatch.setattr(engine, "_GRAM_BYTES", 8 * 50**2)
-    with pytest.raises(
-        ValueError, match=r"9 samples with 7 outputs each take .* GiB are allowed; pass num_samples=7 or"
-    ):
-        samples_of(ParameterSpace(module), batches)
-    assert batches[0].cuts == [0]
-    assert not batches[0].maps
-    monkeypatch.setattr(engine, "_GRAM_BYTES", 8 * 6**2)
-    with pytest.raises(ValueError, match="leave this quantity out"):
+    assert samples_of(ParameterSpace(module), batches).num_samples == 7
+    monkeypatch.setattr(engine, "_GRAM_BYTES", 8 * 13**2)
+    with pytest.raises(ValueError, match=r"of 2 samples with 7 outputs each .* inner products .* leave this quantity"):
         samples_of(ParameterSpace(module), batches)
 
 

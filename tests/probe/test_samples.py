@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from spectral_callbacks.operators import Hessian
 from spectral_callbacks.operators.samples import Looped, Vectorized
@@ -64,7 +65,7 @@ def test_the_gram_matrix_is_that_of_a_loop_of_gradients(name: str) -> None:
     case = networks.case(name, torch.float64)
     with open_probe(case.module, [case.batch], case.loss) as probe:
         gram = probe.per_sample_gram()
-        assert type(probe._samples(None, None)) is (Vectorized if name in VECTORIZED else Looped)
+        assert type(probe._sampled.alone(None, None)) is (Vectorized if name in VECTORIZED else Looped)
     with twice_differentiable():
         G = gradients_of(case.module, [case.batch], case.loss)
     assert relative_error(gram, G @ G.mT) < 1e-12
@@ -122,7 +123,7 @@ def test_samples_are_the_first_ones_over_the_batches_in_order(count: int | None,
 def test_no_sample_is_refused(count: int) -> None:
     with open_probe(mlp(), [batch_of(6)]) as probe:
         for quantity in (probe.per_sample_gram, probe.sample_curvature):
-            with pytest.raises(ValueError, match=f"got {count} samples to measure on; pass at least 1"):
+            with pytest.raises(ValueError, match=f"num_samples={count} must be at least 1; pass None"):
                 quantity(count)
 
 
@@ -156,7 +157,7 @@ def test_a_batch_may_be_nested_and_hold_what_all_samples_share() -> None:
 
     module = mlp()
     with open_probe(module, [frozen], loss) as probe:
-        assert type(probe._samples(None, None)) is Vectorized
+        assert type(probe._sampled.alone(None, None)) is Vectorized
         gram, losses = probe.per_sample_gram(), probe.sample_curvature().losses
         subset = probe.subset(torch.tensor([1, 4])).gradient()
     G = gradients_of(module, [(2 * x, y)])
@@ -267,7 +268,7 @@ def test_whatever_a_model_does_beside_the_numbers_are_right_and_it_is_undone(doi
 
     before = state()
     with open_probe(module, [(x, y)], loss) as probe:
-        assert type(probe._samples(None, "")) is DOINGS[doing]
+        assert type(probe._sampled.alone(None, "")) is DOINGS[doing]
         gram, found = probe.per_sample_gram(), probe.sample_curvature()
     assert state() == before
     assert relative_error(gram, G @ G.mT) < 1e-12
@@ -282,7 +283,7 @@ def test_a_loss_may_write_to_its_batch() -> None:
     module, (x, y) = mlp(), batch_of(5)
     before = x.clone()
     with open_probe(module, [(x, y)], lambda module, batch: loss_of(module, (batch[0].mul_(2), batch[1]))) as probe:
-        assert type(probe._samples(None, None)) is Looped
+        assert type(probe._sampled.alone(None, None)) is Looped
         gram = probe.per_sample_gram()
     assert torch.equal(x, before)
     G = gradients_of(module, [(2 * x, y)])
@@ -316,7 +317,7 @@ def test_the_loop_draws_masks_in_the_same_manner() -> None:
     grams = []
     for _ in range(2):
         with open_probe(module, [(x.expand(4, 4).clone(), y.expand(4).clone())] * 2, loss) as probe:
-            assert type(probe._samples(None, None)) is Looped
+            assert type(probe._sampled.alone(None, None)) is Looped
             grams.append(probe.per_sample_gram())
     assert torch.equal(*grams)
     assert len(set(grams[0].diagonal().tolist())) == 8
@@ -380,6 +381,85 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
         for quantity in (probe.per_sample_gram, probe.sample_curvature):
             with pytest.raises(ValueError, match=r"the loss has shape \(1, 3\); return a scalar"):
                 quantity()
+
+
+def squeezed(module: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(module(batch[0]).squeeze(), batch[1])
+
+
+def written_out(module: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(module(batch[0].view(6, 4)), batch[1])
+
+
+def of_one_shape(module: nn.Module, batch: Batch) -> Tensor:
+    """Raises a ValueError of its own."""
+    return F.cross_entropy(module(batch[0]).view(-1, 3), batch[1][0].expand(6))
+
+
+@pytest.mark.parametrize("loss", [squeezed, written_out, of_one_shape])
+def test_a_loss_that_does_not_run_on_some_samples_says_so(loss: Any) -> None:
+    def subset(probe: Probe) -> Tensor:
+        return probe.subset(torch.tensor([3])).gradient()
+
+    with open_probe(mlp(), [batch_of(6)], loss) as probe:
+        assert probe.gradient().any()
+        for quantity in (Probe.per_sample_gram, Probe.sample_curvature, subset):
+            with pytest.raises(
+                ValueError, match=r"the loss does not run on 1 of its samples: .*; pass loss= that takes a batch of any"
+            ) as found:
+                quantity(probe)
+            assert type(found.value) is ValueError
+            assert str(found.value.__cause__) in str(found.value)
+        assert probe.gradient().any()
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 2 * grad_outputs[0]
+
+
+def test_errors_that_are_not_of_the_samples_keep_their_name() -> None:
+    def short_of_memory(module: nn.Module, batch: Batch) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def writing(module: Any, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            module[0].weight.mul_(2)
+        return loss_of(module, batch)
+
+    def once(module: nn.Module, batch: Batch) -> Tensor:
+        return Once.apply(module(batch[0])).square().mean()
+
+    for loss, kind, message in (
+        (once, RuntimeError, "marked @once_differentiable"),
+        (short_of_memory, torch.OutOfMemoryError, "CUDA out of memory"),
+        (writing, RuntimeError, "the loss writes to the trainable parameters"),
+    ):
+        with open_probe(mlp(), [batch_of(6)], loss) as probe:
+            for quantity in (
+                probe.sample_curvature, lambda: Hessian(probe.subset(torch.tensor([0]))).to_dense()
+            ):  # fmt: skip
+                with pytest.raises(kind, match=message):
+                    quantity()
+
+
+def test_fewer_samples_come_back_where_rows_of_all_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, batches = mlp(), [batch_of(6), batch_of(3)]
+    num_bytes = 8 * sum(p.numel() for p in module.parameters())
+    with open_probe(module, batches) as probe:
+        gram, curvature = probe.per_sample_gram(), probe.sample_curvature()
+    monkeypatch.setattr("spectral_callbacks.operators.samples._ROW_BYTES", 7 * num_bytes)
+    with open_probe(module, batches) as probe:
+        torch.testing.assert_close(probe.per_sample_gram(), gram[:7, :7], rtol=1e-12, atol=1e-12)
+        fewer = probe.sample_curvature()
+    assert fewer.gram.shape == (2, 3, 2, 3)
+    torch.testing.assert_close(fewer.losses, curvature.losses[:2], rtol=1e-12, atol=1e-12)
 
 
 def test_parameters_that_are_not_measured_are_held_fixed() -> None:
