@@ -129,6 +129,11 @@ class SpectralCallback(pl.Callback, abc.ABC):
         """Read what the run has to tell, for example its batch size; called when a fit begins that can be measured."""
 
     @property
+    def looks_every(self) -> int:
+        """How many searches of a `Tracker` come to one look; eigenvectors of another batch may tell it little."""
+        return 1 if self.data == "current" else 10
+
+    @property
     def families(self) -> tuple[str, ...]:
         """The first segments of its tags."""
         return (self.name, *(self.more_families if self.name == self.diagnostic else ()))
@@ -169,11 +174,7 @@ class SpectralCallback(pl.Callback, abc.ABC):
         self.say(f"{error} Training goes on without this diagnostic.")
 
     def renamed(self, readings: Mapping[str, Reading]) -> dict[str, Reading]:
-        """Return the readings under this instance's name.
-
-        Raises:
-            ValueError: If a tag is none that every logger can take.
-        """
+        """Return the readings under this instance's name, or raise if a logger could not take a tag."""
         return {self._own(check_tag(tag)): value for tag, value in readings.items()}
 
     def _own(self, tag: str) -> str:

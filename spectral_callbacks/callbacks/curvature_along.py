@@ -37,6 +37,6 @@ def curvature_along(
                 "submodule whose outputs have the samples along dimension 0."
             )
         # A is the second derivative of the mean over the samples: it holds 1/size of that of each.
-        products = [(a.double() * b.double()).reshape(size, -1).sum(1) for a, b in zip(w, Aw, strict=True)]
-        curvatures.append(size * torch.stack(products).sum(0).cpu())
+        pairs = [(a.to("cpu", torch.float64), b.to("cpu", torch.float64)) for a, b in zip(w, Aw, strict=True)]
+        curvatures.append(size * torch.stack([(a * b).reshape(size, -1).sum(1) for a, b in pairs]).sum(0))
     return torch.cat(curvatures)

@@ -8,78 +8,98 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from spectral_callbacks.linalg import LinearOperator
+from spectral_callbacks.linalg.trace import trace
 from spectral_callbacks.metrics import condition_number, unfitted_modes
 from spectral_callbacks.operators import GaussNewton
-from spectral_callbacks.probe import Probe
+from spectral_callbacks.probe import Probe, named_module, plain_name, tensors_of
 
-_CURVATURE_PROBES = 10  # products with the curvature in the outputs, which cost no pass of the network
+_CURVATURE_PROBES = 10  # products with the curvature in the layer's outputs
 _SINGLE = 1e-8  # below float32's rounding error, above float64's
-_COARSEST = 0.5  # cut-off of features in half precision, whose rounding would pass for all of them
+_COARSEST = 1e-4  # rounding error beyond which features are those of half precision
+_ROUNDING = 32.0  # rounding errors of the features within which a singular value is none, relative to the largest
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpectrum:
     """The squared singular values of a feature matrix.
 
+    Entries that are off by a share ε shift singular values by about ε of the largest, whatever the shape: that one is
+    at least the root mean square of the entries times the root of the longer side.
+
     Attributes:
+        layer: Whose input it is.
         squares: (min(rows, columns),), descending, float64, on the CPU.
         cutoff: Singular values at or below this share of the largest are rounding.
-        num_rows: Samples, or whatever the dimensions before the last one count.
     """
 
+    layer: nn.Module
     squares: Tensor
     cutoff: float
-    num_rows: int
+
+    @property
+    def condition_number(self) -> float:
+        """The largest singular value over the smallest above the cut-off; NaN where features are not finite."""
+        return condition_number(self.squares.sqrt(), cutoff=self.cutoff)
 
 
-def conditioning(
-    probe: Probe, name: str | None, gauss_newton: GaussNewton | None, *, seed: int
-) -> dict[str, float] | None:
-    """Return the condition number of a layer's input, and the share of its modes that training cannot have fitted.
+def unfitted_share(probe: Probe, seen: FeatureSpectrum) -> float:
+    """Return the share of a linear layer's modes that so many steps of gradient descent would not have fitted.
+
+    The loss counts as quadratic in the outputs of this layer, with the mean curvature that it has there now.
 
     Args:
         probe: An open one.
-        name: Of the layer; the last `nn.Linear` that runs if None.
-        gauss_newton: Knows the curvature of the loss in the outputs; a mean of ½ (f - y)² over the rows if None.
-        seed: Of the dropout masks.
+        seen: The spectrum of the layer's input.
 
-    Returns:
-        `features/condition_number` and `features/unfitted_modes`; NaN where features are not finite; None if the layer
-        did not run.
+    Raises:
+        ValueError: If the layer is no `nn.Linear`, or the loss is no function of its outputs alone, or does not curve
+            upward in them.
     """
-    seen = spectrum_of_features(probe, name, seed=seed)
-    if seen is None:
-        return None
-    scale = 1 / seen.num_rows if gauss_newton is None else output_scale(gauss_newton, probe.generator)
+    if not isinstance(seen.layer, nn.Linear):
+        raise ValueError(f"{type(seen.layer).__name__} is no nn.Linear, and has no modes to be fitted.")
+    names = {module: name for name, module in probe.module.named_modules()}
+    at_layer = probe.seen_by(probe.generator, plain_name(names[seen.layer]))
+    scale = output_scale(at_layer.gauss_newton(), probe.generator)
+    if not scale > 0:
+        raise ValueError(
+            f"the loss has the mean curvature {scale:.3g} in the outputs of the layer, which is not upward."
+        )
     modes = seen.squares[seen.squares > seen.cutoff**2 * seen.squares.max()]
-    return {
-        "features/condition_number": condition_number(seen.squares.sqrt(), cutoff=seen.cutoff),
-        "features/unfitted_modes": unfitted_modes(scale * modes, max(probe.learning_rates()), probe.step),
-    }
+    return unfitted_modes(scale * modes, max(probe.learning_rates()), probe.step)
 
 
-def spectrum_of_features(probe: Probe, name: str | None, *, seed: int) -> FeatureSpectrum | None:
+def spectrum_of_features(probe: Probe, name: str | None, *, seed: int) -> FeatureSpectrum:
     """Return the spectrum of a layer's input over the batches.
 
-    A linear layer with a bias has a column of ones among its features.
+    The feature matrix has a column for each entry of the last dimension and a row for each index of all the others,
+    call by call and batch by batch. A linear layer with a bias has a column of ones among its features.
 
     Args:
         probe: An open one.
         name: Of the layer; the last `nn.Linear` that runs if None.
         seed: Of the dropout masks.
 
-    Returns:
-        None if the layer did not run.
+    Raises:
+        ValueError: If the layer did not run; or is not linear, and its input neither (samples, features) nor (samples,
+            positions, features); or the features are in half precision.
     """
-    rows: list[Tensor] = []
-    for index, batch in enumerate(probe.batches):
-        rows += _inputs(probe, name, batch, seed + index)
-    if not rows:
-        return None
+    found = [_inputs(probe, name, batch, seed + index) for index, batch in enumerate(probe.batches)]
+    ran = [(layer, rows) for layer, rows in found if layer is not None]
+    if not ran:
+        layer = "an nn.Linear" if name is None else repr(name)
+        raise ValueError(f"the loss did not run {layer}. Pass as features= a layer that it runs.")
+    rows = [x for _, calls in ran for x in calls]
     eps = max(torch.finfo(x.dtype).eps for x in rows)
+    if eps > _COARSEST:
+        raise ValueError(
+            "the features are in half precision, whose rounding would pass for most of their small singular values; "
+            "measure with precision='full'."
+        )
     Z = torch.cat([x.to("cpu", torch.float64) for x in rows])
-    return FeatureSpectrum(_squares(Z, exact=eps < _SINGLE), min(max(Z.shape) * eps, _COARSEST), len(Z))
+    return FeatureSpectrum(ran[-1][0], _squares(Z, exact=eps < _SINGLE), _ROUNDING * eps)
 
 
 def _squares(Z: Tensor, *, exact: bool) -> Tensor:
@@ -97,52 +117,69 @@ def output_scale(gauss_newton: GaussNewton, generator: torch.Generator) -> float
 
     A squared loss ½ (f - y)², averaged over N samples, has 1/N, exactly; others to about 1/√(10 · entries).
     """
-    zero = torch.zeros(gauss_newton.shape[0], dtype=gauss_newton.dtype, device=gauss_newton.device)
-    shapes = gauss_newton.jvp(zero)
-    total, count = 0.0, 0
-    for _ in range(_CURVATURE_PROBES):
-        signs = [[_signs(output, generator) for output in outputs] for outputs in shapes]
-        for weight, z, Az in zip(gauss_newton.weights, signs, gauss_newton.output_curvature(signs), strict=True):
-            for x, y in zip(z, Az, strict=True):
-                total += weight * (x * y).sum().item()
-                count += x.numel()
-    return total / count
+    A = CurvatureInOutputs(gauss_newton)
+    draws = [trace(A, num_matvecs=1, method="hutchinson", generator=generator) for _ in range(_CURVATURE_PROBES)]
+    return sum(draw.value for draw in draws) / len(draws) / A.shape[0]
 
 
-def output_shape(gauss_newton: GaussNewton) -> tuple[int, int]:
-    """Return how many classes and samples there are, for outputs (samples, classes); (1, samples) for any others."""
-    zero = torch.zeros(gauss_newton.shape[0], dtype=gauss_newton.dtype, device=gauss_newton.device)
-    first = [outputs[0] for outputs in gauss_newton.jvp(zero)]
-    return first[0].shape[1] if first[0].ndim == 2 else 1, sum(len(z) if z.ndim else 1 for z in first)
+class CurvatureInOutputs(LinearOperator):
+    """Second derivative of the loss by the outputs of all batches, (m, m): no product takes a pass of the network.
+
+    Args:
+        gauss_newton: Whose outputs they are.
+    """
+
+    def __init__(self, gauss_newton: GaussNewton) -> None:
+        self._gauss_newton = gauss_newton
+        size = sum(shape.numel() for shapes in gauss_newton.output_shapes for shape in shapes)
+        self.shape = (size, size)
+        self.dtype = torch.promote_types(gauss_newton.dtype, torch.float32)
+        self.device = gauss_newton.device
+
+    def matmat(self, X: Tensor) -> Tensor:
+        """Return the products with the k columns of X."""
+        if not X.shape[1]:
+            return X.clone()
+        return torch.stack([self._product(x) for x in X.unbind(dim=1)], dim=1)
+
+    def _product(self, x: Tensor) -> Tensor:
+        G = self._gauss_newton
+        parts = iter(x.split([shape.numel() for shapes in G.output_shapes for shape in shapes]))
+        w = [[next(parts).view(shape) for shape in shapes] for shapes in G.output_shapes]
+        products = zip(G.weights, G.output_curvature(w), strict=True)
+        return torch.cat([weight * y.reshape(-1).to(x) for weight, Aw in products for y in Aw])
 
 
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return 2.0 * torch.randint(2, like.shape, generator=generator, device=like.device).to(like.dtype) - 1
+def _inputs(probe: Probe, name: str | None, batch: Any, seed: int) -> tuple[nn.Module | None, list[Tensor]]:
+    """Return the layer, if it ran, and what it was given in the course of one evaluation, call by call."""
+    seen: dict[nn.Module, list[Tensor]] = {}
 
+    def see(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x = next((t for t in tensors_of([arguments, keywords]) if t.is_floating_point()), None)
+        if x is not None:
+            calls = seen.pop(layer, [])  # so that the layer that ran last is last in the dictionary
+            seen[layer] = [*calls, _rows(layer, x.detach(), name)]
 
-def _inputs(probe: Probe, name: str | None, batch: Any, seed: int) -> list[Tensor]:
-    """Return what the layer was given in the course of one evaluation, each call as (rows, columns)."""
-    seen: dict[str, list[Tensor]] = {}
-
-    def see(dotted: str, layer: nn.Module, x: Tensor) -> None:
-        z = x.detach().reshape(-1, x.shape[-1])
-        if isinstance(layer, nn.Linear) and layer.bias is not None:
-            z = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
-        calls = seen.pop(dotted, [])  # so that the layer that ran last is last in the dictionary
-        seen[dotted] = [*calls, z]
-
+    if name is None:
+        layers = [layer for layer in probe.module.modules() if isinstance(layer, nn.Linear)]
+    else:
+        layers = [named_module(probe.module, name, knob="features")]
     with contextlib.ExitStack() as hooks:
-        for dotted, layer in probe.module.named_modules():
-            if dotted == name or (name is None and isinstance(layer, nn.Linear)):
-                handle = layer.register_forward_pre_hook(_watching(dotted, see))
-                hooks.callback(handle.remove)
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
         probe.evaluate(batch, seed=seed)
-    return list(seen.values())[-1] if seen else []
+    return list(seen.items())[-1] if seen else (None, [])
 
 
-def _watching(dotted: str, see: Any) -> Any:
-    def hook(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if arguments and isinstance(arguments[0], Tensor) and arguments[0].is_floating_point():
-            see(dotted, layer, arguments[0])
-
-    return hook
+def _rows(layer: nn.Module, x: Tensor, name: str | None) -> Tensor:  # (rows, columns)
+    """Return an input with all its dimensions but the last one in one."""
+    if isinstance(layer, nn.Linear):
+        x = x.reshape(-1, x.shape[-1])
+        return x if layer.bias is None else torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+    if x.ndim not in (2, 3) or isinstance(layer, _ConvNd):
+        raise ValueError(
+            f"the input of features={name!r}, {type(layer).__name__}, has the shape {tuple(x.shape)}, and a feature "
+            "matrix is (samples, features) or (samples, positions, features); name a layer behind the pooling, for "
+            "example the last nn.Linear."
+        )
+    return x.reshape(-1, x.shape[-1]).clone()

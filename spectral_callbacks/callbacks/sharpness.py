@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 
 from spectral_callbacks.callbacks.base import SpectralCallback
+from spectral_callbacks.callbacks.findings import Findings
+from spectral_callbacks.callbacks.reading import Reading
 from spectral_callbacks.linalg import DiagonalCongruence, Eigenpairs, Status, Tracker
 from spectral_callbacks.operators import Hessian
 from spectral_callbacks.probe import Probe
@@ -81,9 +83,10 @@ class Sharpness(SpectralCallback):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._top = Tracker(num_eigenvalues, rtol=rtol, max_matvecs=max_matvecs)
-        self._bottom = Tracker(1, which="SA", rtol=rtol, max_matvecs=max_matvecs) if lambda_min else None
-        self._metric = Tracker(1, rtol=rtol, max_matvecs=max_matvecs)
+        options: dict[str, Any] = {"rtol": rtol, "max_matvecs": max_matvecs, "look_every": self.looks_every}
+        self._top = Tracker(num_eigenvalues, **options)
+        self._bottom = Tracker(1, which="SA", **options) if lambda_min else None
+        self._metric = Tracker(1, **options)
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw the chart of the preconditioned edge only where there is one."""
@@ -107,25 +110,19 @@ class Sharpness(SpectralCallback):
         """Return the status of a failed measurement."""
         return {"sharpness/status": float(Status.BREAKDOWN)}
 
-    def measure(self, probe: Probe) -> Mapping[str, float]:
+    def measure(self, probe: Probe) -> Mapping[str, Reading]:
         """Return the largest eigenvalues, and where they lie against the edge at this step."""
         hessian = probe.operator(Hessian)
         top = self._top(hessian, generator=probe.generator)
-        searches = [top]
-        readings = _eigenvalues(top)
+        found = Findings()
+        found.add_largest("sharpness", top)
         if self._bottom is not None:
-            bottom = self._bottom(hessian, generator=probe.generator)
-            searches.append(bottom)
-            readings |= {
-                "sharpness/lambda_min": bottom.values[0].item(),
-                "sharpness/lambda_min_residual": bottom.residuals[0].item(),
-            }
+            found.add_smallest("sharpness", self._bottom(hessian, generator=probe.generator))
         learning_rate = max(probe.learning_rates())
         if learning_rate:
-            readings["sharpness/two_over_lr"] = 2 / learning_rate
+            found.readings["sharpness/two_over_lr"] = 2 / learning_rate
         else:
             self.say("the learning rate is 0, so nothing moves: ratios are 0, and 2 / lr is left out until it rises.")
-        num_more = 0
         try:
             edge = _common(probe.edges())
             metric = probe.preconditioned(Hessian)
@@ -136,29 +133,14 @@ class Sharpness(SpectralCallback):
         else:
             if edge is None:
                 ratio = self._metric(metric, generator=probe.generator)
-                searches.append(ratio)
-                readings |= _in_metric(ratio, metric, probe.edges())
+                found.count(ratio)
+                found.readings |= _in_metric(ratio, metric, probe.edges())
             else:
-                readings["sharpness/threshold"] = edge.curvature
-                readings["sharpness/stability_ratio"] = edge.ratio(top.values[0].item())
-            readings["sharpness/directional_ratio"] = _along_gradient(metric, probe)
-            num_more = 1
-        status = max(search.status for search in searches)
-        if status is not Status.CONVERGED:
-            self.say(f"{status.name.lower()}: {status.remedy}")
-        if status is Status.BREAKDOWN:  # of no symmetric matrix, so these numbers are no eigenvalues
-            readings = {}
-        readings["sharpness/num_matvecs"] = sum(search.num_matvecs for search in searches) + num_more
-        readings["sharpness/status"] = float(status)
-        return {tag: value for tag, value in readings.items() if math.isfinite(value)}
-
-
-def _eigenvalues(pairs: Eigenpairs) -> dict[str, float]:
-    readings = {"sharpness/lambda_max": pairs.values[0].item(), "sharpness/residual": pairs.residuals[0].item()}
-    for index in range(1, len(pairs.values)):
-        readings[f"sharpness/lambda_{index + 1}"] = pairs.values[index].item()
-        readings[f"sharpness/lambda_{index + 1}_residual"] = pairs.residuals[index].item()
-    return readings
+                found.readings["sharpness/threshold"] = edge.curvature
+                found.readings["sharpness/stability_ratio"] = edge.ratio(top.values[0].item())
+            found.readings["sharpness/directional_ratio"] = _along_gradient(metric, probe)
+            found.num_matvecs += 1
+        return found.concluded("sharpness", self.say)
 
 
 def _common(edges: tuple[Edge, ...]) -> Edge | None:

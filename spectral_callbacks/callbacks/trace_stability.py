@@ -5,44 +5,46 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import torch
-from torch import Tensor
 
+from spectral_callbacks.callbacks.attempts import Attempts
 from spectral_callbacks.callbacks.base import SpectralCallback
 from spectral_callbacks.callbacks.batch_sharpness import batch_sharpness
 from spectral_callbacks.callbacks.curvature_along import curvature_along
+from spectral_callbacks.callbacks.findings import Findings
+from spectral_callbacks.callbacks.reading import Reading
+from spectral_callbacks.callbacks.sample_conditions import sample_conditions
 from spectral_callbacks.callbacks.sampling import Sampling, sampling_of
-from spectral_callbacks.linalg import Estimate, LinearOperator, Status, Tracker
-from spectral_callbacks.linalg.trace import frobenius_norm, trace
-from spectral_callbacks.metrics import SampleHessians, alignment, directional_condition, jackknife, noise_fraction
+from spectral_callbacks.callbacks.watched import Watched
+from spectral_callbacks.linalg import Estimate, LinearOperator, Status, Tracker, frobenius_norm
+from spectral_callbacks.linalg.trace import trace
+from spectral_callbacks.metrics import noise_fraction
 from spectral_callbacks.operators import Hessian
 from spectral_callbacks.probe import Probe
 from spectral_callbacks.stability import Edge, NoThresholdError, edges
 from spectral_callbacks.tags import Chart
 
-_NUM_GROUPS = 10  # of samples that the jackknife leaves out in turn
+_ROUNDING = 1e-5  # relative errors below are those of float32
 _OF_SAMPLES = "gauss_newton, batch_ratio, directional_ratio and alignment"
-_T = TypeVar("_T")
 
 
 @dataclasses.dataclass
-class _Findings:
+class _Found(Findings):
     """What one measurement found.
 
     Attributes:
-        values: In units of their own.
         conditions: Curvatures that are at most 2/η in a stable run; each becomes the ratio of its name.
-        statuses: How the searches ended.
-        num_matvecs: Products spent.
     """
 
-    values: dict[str, Estimate] = dataclasses.field(default_factory=dict)
     conditions: dict[str, Estimate] = dataclasses.field(default_factory=dict)
-    statuses: list[Status] = dataclasses.field(default_factory=lambda: [Status.CONVERGED])
-    num_matvecs: int = 0
+
+    def add(self, tag: str, estimate: Estimate) -> None:
+        """Add a number, and its error if it has more than that of rounding."""
+        self.readings[f"trace/{tag}"] = estimate.value
+        if estimate.error > _ROUNDING * abs(estimate.value):
+            self.readings[f"trace/{tag}_error"] = estimate.error
 
 
 class TraceStability(SpectralCallback):
@@ -78,13 +80,15 @@ class TraceStability(SpectralCallback):
     How to read it: where `trace/batch_ratio` or `trace/directional_ratio` climbs to 1 and turns back, the noise has
     driven the run to a flatter region, though λ_max is far below 2/η. Name a second instance with `batch_size=1` to see
     how a solution would fare under the smallest batches. The probe should be the whole dataset where it is small
-    (`num_batches`); else what depends on samples is estimated without bias from those it has, the top eigenvector of
-    (15) excepted, which fits the probe better than the dataset. With one training batch as the probe,
-    `trace/batch_sharpness` is of that batch alone and has no error.
+    (`num_batches`), and no more than that, for then samples would count twice; else what depends on samples is
+    estimated without bias from those it has, the top eigenvector of (15) excepted, which fits the probe better than the
+    dataset. With one training batch as the probe, `trace/batch_sharpness` is of that batch alone and has no error.
 
     Cost: `num_matvecs` products for the trace, as many for ‖H‖ without `outputs=`, a gradient and a product of a batch
     for each draw; with `outputs=`, the search for v, one backward pass per output for each of `num_samples`, and
-    `num_matvecs` more if the probe has more samples than that.
+    `num_matvecs` more if the probe has more samples than that. Memory, in vectors of the parameters' size, beside the
+    gradient graph: 2 `num_matvecs` at a time for the trace or ‖H‖, one for each product of the search (at most about
+    80, in room that doubles as it grows: up to 160); between measurements at most 4 stay, with `outputs=` alone.
 
     Args:
         num_matvecs: Products that the trace may spend.
@@ -132,12 +136,14 @@ class TraceStability(SpectralCallback):
         self._max_matvecs = max_matvecs
         self._given = Sampling(batch_size, dataset_size, replacement)
         self._sampling = self._given
-        self._top = Tracker(1, rtol=rtol, max_matvecs=max_matvecs)
-        self._barred: set[str] = set()
+        self._read: Callable[[], Sampling] = lambda: self._given
+        self._top = Tracker(rtol=rtol, max_matvecs=max_matvecs, look_every=self.looks_every)
+        self._attempt = Attempts(self.say)
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Read how the DataLoader draws batches, and draw the charts of what will be logged."""
-        self._sampling = sampling = self._given.or_else(sampling_of(trainer))
+        self._read = lambda: self._given.or_else(sampling_of(trainer))
+        self._sampling = sampling = self._read()
         if sampling.unknown:
             self.say(
                 f"the training DataLoader does not tell {', '.join(sampling.unknown)}, and what depends on that is "
@@ -168,17 +174,20 @@ class TraceStability(SpectralCallback):
     def forget(self) -> None:
         """Start the next search cold, and try again what failed."""
         self._top.forget()
-        self._barred.clear()
+        self._attempt.forget()
 
     def failure(self) -> Mapping[str, float]:
         """Return the status of a failed measurement."""
         return {"trace/status": float(Status.BREAKDOWN)}
 
-    def measure(self, probe: Probe) -> Mapping[str, float]:
+    def measure(self, probe: Probe) -> Mapping[str, Reading]:
         """Return traces, conditions and batch sharpness at this step."""
-        found = _Findings()
+        self._sampling = self._read()  # batches may be accumulated by a schedule
+        found = _Found()
         hessian = self._estimate(trace, probe.operator(Hessian), probe, found)
-        found.values["hessian"] = found.conditions["ratio"] = hessian
+        found.add("hessian", hessian)
+        found.readings["trace/hessian_error"] = hessian.error  # also where it is 0
+        found.conditions["ratio"] = hessian
         norm = None
         if self.outputs is not None:
             norm = self._attempt(_OF_SAMPLES, lambda: self._look_at_samples(probe, found))
@@ -188,92 +197,63 @@ class TraceStability(SpectralCallback):
                 norm = self._estimate(frobenius_norm, probe.operator(Hessian), probe, found)
             found.conditions["frobenius_ratio"] = _scaled(norm, 2 / sampling.batch_size**0.5)
             sharpness = self._attempt(
-                "values of batch_sharpness", lambda: batch_sharpness(probe, sampling, num_draws=self._num_draws)
+                "batch_sharpness", lambda: batch_sharpness(probe, sampling, num_draws=self._num_draws)
             )
             if sharpness is not None:
-                found.values["batch_sharpness"] = sharpness
+                found.add("batch_sharpness", sharpness)
                 found.num_matvecs += sharpness.num_samples
         self._judge(probe, found)
-        status = max(found.statuses)
-        if status is not Status.CONVERGED:
-            self.say(f"{status.name.lower()}: {status.remedy}")
-        readings = {f"trace/{tag}": estimate.value for tag, estimate in found.values.items()}
-        readings |= {f"trace/{tag}_error": estimate.error for tag, estimate in found.values.items() if estimate.error}
-        readings["trace/hessian_error"] = hessian.error
-        readings["trace/num_matvecs"] = found.num_matvecs
-        readings["trace/status"] = float(status)
-        return {tag: value for tag, value in readings.items() if math.isfinite(value)}
+        return found.concluded("trace", self.say)
 
-    def _judge(self, probe: Probe, found: _Findings) -> None:
+    def _judge(self, probe: Probe, found: _Found) -> None:
         """Turn conditions into ratios, where the optimizer is one that the theory is of."""
         learning_rate = _learning_rate(probe.edges)
         if learning_rate is None:
             self.say(
-                "2 / lr and the ratios are left out: their theory is for SGD without momentum and weight decay and "
+                "2 / lr and the ratios left out: their theory is for SGD without momentum and weight decay and "
                 f"with one learning rate, and this {type(probe.optimizer).__name__} is not that."
             )
         elif not learning_rate:
             self.say("the learning rate is 0, so nothing moves: 2 / lr and the ratios are left out until it rises.")
         else:
-            found.values["two_over_lr"] = Estimate(2 / learning_rate, 0.0, 1)
-            found.values |= {tag: _scaled(c, learning_rate / 2) for tag, c in found.conditions.items()}
+            found.readings["trace/two_over_lr"] = 2 / learning_rate
+            for tag, condition in found.conditions.items():
+                found.add(tag, _scaled(condition, learning_rate / 2))
 
-    def _estimate(
-        self, estimator: Callable[..., Estimate], A: LinearOperator, probe: Probe, found: _Findings
-    ) -> Estimate:
+    def _estimate(self, estimator: Callable[..., Estimate], A: LinearOperator, probe: Probe, found: _Found) -> Estimate:
         budget = min(self._num_matvecs, self._max_matvecs)
         if budget < min(self._num_matvecs, A.shape[0]):
             found.statuses.append(Status.BUDGET)
-        estimate = estimator(A, num_matvecs=budget, generator=probe.generator)
+        watched = Watched(A)
+        estimate = estimator(watched, num_matvecs=budget, generator=probe.generator)
+        found.statuses.append(watched.status)
         found.num_matvecs += min(budget, A.shape[0])
         if not math.isfinite(estimate.value):
             found.statuses.append(Status.NONFINITE)
         return estimate
 
-    def _attempt(self, what: str, find: Callable[[], _T]) -> _T | None:
-        """Return what is found; None, and no more attempts in this fit, where model or batch do not have it."""
-        if what in self._barred:
-            return None
-        try:
-            return find()
-        except ValueError as reason:
-            self._barred.add(what)
-            self.say(f"{what} are left out: {reason}")
-            return None
-
-    def _look_at_samples(self, probe: Probe, found: _Findings) -> Estimate:
+    def _look_at_samples(self, probe: Probe, found: _Found) -> Estimate:
         """Compare the Gauss-Newton matrices of single samples; return the norm of their mean."""
-        gauss_newton = probe.gauss_newton()
-        top = self._top(gauss_newton, generator=probe.generator)
-        curved = probe.sample_curvature(self._num_samples)
-        along = curvature_along(gauss_newton, top.vectors[:, 0], probe.batches)
-        samples = SampleHessians.from_gram(curved.gram, curved.curvatures)
-        m, sampling = len(curved.losses), self._sampling
-        n = sampling.dataset_size or m
-        found.statuses.append(top.status)
-        found.num_matvecs += top.num_matvecs + 1
-
-        def estimate(statistic: Callable[[Tensor], float], count: int = m) -> Estimate:
-            error = jackknife(statistic, count, dataset_size=n, num_groups=_NUM_GROUPS)
-            return Estimate(statistic(torch.arange(count)), error, count)
-
-        def aligned(chosen: Tensor) -> float:
-            gram = curved.gram[chosen][:, :, chosen]
-            slopes, curvatures, losses = curved.slopes[chosen], curved.curvatures[chosen], curved.losses[chosen]
-            return alignment(gram, slopes, curvatures, losses, dataset_size=n)
-
-        if m == probe.num_samples:
-            found.values["gauss_newton"] = Estimate(samples.trace(), 0.0, m)
-        else:
-            found.values["gauss_newton"] = self._estimate(trace, gauss_newton, probe, found)
-        found.values["alignment"] = estimate(aligned)
-        if not sampling.unknown:
-            kind: dict[str, Any] = dataclasses.asdict(sampling)
-            found.conditions["batch_ratio"] = estimate(lambda i: samples.take(i).trace_condition(**kind))
-            found.conditions["directional_ratio"] = estimate(
-                lambda i: directional_condition(along[i], **kind), len(along)
+        sampling, probed = self._sampling, probe.num_samples
+        if sampling.dataset_size is not None and probed > sampling.dataset_size:
+            raise ValueError(
+                f"the probe has {probed} samples, the dataset {sampling.dataset_size}, so that some would count twice; "
+                "lower num_batches, or pass the dataset_size= there is."
             )
-        return estimate(lambda i: samples.take(i).frobenius_norm(dataset_size=n))
+        curved, gauss_newton = probe.sample_curvature(self._num_samples), probe.gauss_newton()
+        top = self._top(gauss_newton, generator=probe.generator)
+        found.count(top)
+        along = curvature_along(gauss_newton, top.vectors[:, 0], probe.batches)
+        found.num_matvecs += 1
+        of_samples = sample_conditions(curved, along, sampling)
+        m = len(curved.losses)
+        if m == probed:
+            found.add("gauss_newton", Estimate(of_samples.trace, 0.0, m))
+        else:
+            found.add("gauss_newton", self._estimate(trace, gauss_newton, probe, found))
+        found.add("alignment", of_samples.alignment)
+        found.conditions |= of_samples.conditions
+        return of_samples.norm
 
 
 def _learning_rate(find: Callable[[], Sequence[Edge]]) -> float | None:

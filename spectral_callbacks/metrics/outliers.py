@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-_FEWEST = 8  # eigenvalues that a bulk is read from ...
+SMALLEST_BULK = 8  # eigenvalues that a bulk is read from ...
 _SHARE = 0.4  # ... and this share of the list, so that the outliers cannot pass for it ...
 _MOST = 20  # ... but no more: further down the law of the edge no longer holds
 _CLEAR = 5.0  # gap of an outlier; see `outliers` for how often chance reaches it
@@ -84,7 +84,7 @@ def outliers(
         )
     values = values[: size // 2]
     largest_gap = -math.inf
-    for count in range(len(values) - max(_FEWEST, math.ceil(_SHARE * min(len(values), 2 * _MOST))), -1, -1):
+    for count in range(len(values) - max(SMALLEST_BULK, math.ceil(_SHARE * min(len(values), 2 * _MOST))), -1, -1):
         edge, spacing, misfit = _soft_edge(values[count : count + _MOST])
         rounding = _ROUNDING * values.abs().max().item()
         if misfit > _NO_EDGE * max(spacing, rounding):

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor, nn
 
-from spectral_callbacks.callbacks import Sharpness, SpectralCallback, conductor
+from spectral_callbacks.callbacks import HessianSpectrum, Sharpness, SpectralCallback, conductor
 from tests.callbacks.runs import Regression, Watch, complaints, fit, loader, plain_loss, series, sgd, steps
 from tests.faults import NestedBackward, OnceSquare, SkewedSquare
 
@@ -256,6 +256,12 @@ def test_a_learning_rate_that_changes_after_measuring_is_said_once() -> None:
 def test_two_callbacks_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="give each a name="):
         fit(Regression(), Sharpness(every_n_steps=1), Sharpness(every_n_epochs=1), max_epochs=1)
+
+
+@pytest.mark.parametrize("name", ["features", "gauss_newton", "hessian"])
+def test_a_name_that_begins_the_tags_of_another_callback_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="give each a name="):
+        fit(Regression(), Sharpness(every_n_steps=1, name=name), HessianSpectrum(every_n_steps=1), max_epochs=1)
 
 
 def test_the_overhead_at_the_end_is_logged(clock: Clock) -> None:

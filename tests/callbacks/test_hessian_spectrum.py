@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +22,8 @@ from spectral_callbacks.linalg import Status
 from spectral_callbacks.metrics import outliers
 from spectral_callbacks.operators import GaussNewton, Hessian
 from spectral_callbacks.tags import check_tag
-from tests.callbacks.runs import Regression, complaints, fit, loader, series, sgd, steps
+from tests.callbacks.runs import Regression, Watch, complaints, fit, loader, series, sgd, steps
+from tests.faults import SkewedSquare
 from tests.oracles import dense_hessian
 
 
@@ -102,7 +104,9 @@ def spectrum(num_eigenvalues: int = 10, **options: Any) -> HessianSpectrum:
 def test_each_value_is_that_of_the_dense_hessian_at_its_step() -> None:
     callback = spectrum(4, rtol=1e-3)
     with pytest.warns(
-        UserWarning, match="num_eigenvalues=4 is too few to see a bulk below 2 outliers. Pass num_eigenvalues=12"
+        UserWarning,
+        match="num_eigenvalues=4 is too few to see a bulk: the model has 2 outputs, and there may be as many outliers. "
+        "Pass num_eigenvalues=12",
     ):
         dense = run(callback)
     assert steps(callback) == list(range(8))
@@ -230,37 +234,212 @@ def test_the_features_are_the_input_of_the_last_linear_layer() -> None:
         assert other["named/features/condition_number"] == entry["features/condition_number"]
 
 
-def test_the_modes_are_fitted_at_the_curvature_of_the_loss_where_outputs_are_named() -> None:
-    class Steep(Regression):
-        def loss(self, batch: Any) -> Tensor:
-            return 4 * super().loss(batch)
+@pytest.mark.filterwarnings("ignore:.*left out:UserWarning")
+@pytest.mark.parametrize("outputs", [None, "net", ""])
+def test_the_modes_are_fitted_at_the_curvature_that_the_loss_has_in_the_layers_own_outputs(outputs: str | None) -> None:
+    """Also where what is behind the layer scales them, and whatever is named as the model's outputs."""
 
-    callback, blind = spectrum(8), spectrum(8, outputs=None, name="blind")
-    with pytest.warns(UserWarning, match="left out"):
-        dense = run(callback, blind, module=Steep, max_epochs=10)
-    differ = False
-    for step, (entry, other, Z) in enumerate(zip(callback.history, blind.history, dense.features, strict=True)):
+    class Steep(Regression):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.net(x)
+
+        def loss(self, batch: Any) -> Tensor:
+            x, y = batch
+            return (self(x) - y).square().mean()
+
+    callback = spectrum(8, outputs=outputs)
+    dense = run(callback, module=Steep, max_epochs=10)
+    shares = []
+    for step, Z in enumerate(dense.features):
         s = torch.linalg.svdvals(Z)
-        shares = [((1 - 0.1 * c * s**2 / 8) ** step > 1 / math.e).double().mean().item() for c in (4, 1)]
-        assert entry["features/unfitted_modes"] == pytest.approx(shares[0])
-        assert other["blind/features/unfitted_modes"] == pytest.approx(shares[1])
-        differ |= shares[0] != shares[1]
-    assert differ
+        shares.append(((1 - 0.1 * 4 * s**2 / 8) ** step > 1 / math.e).double().mean().item())
+    assert series(callback, "features/unfitted_modes") == pytest.approx(shares)
+    assert len(set(shares)) > 2
+
+
+def test_gradient_descent_on_the_last_layer_fits_the_modes_that_are_not_counted() -> None:
+    """Real steps, and what is left of the outputs along each mode of the features."""
+
+    class Head(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[0].requires_grad_(False)
+
+        def loss(self, batch: Any) -> Tensor:
+            x, y = batch
+            return (3 * self.net(x) - y).square().sum(1).mean()
+
+    callback, heads, features = spectrum(8, every_n_steps=1, outputs=None), [], []
+
+    def see(trainer: pl.Trainer, module: Any, batch: Any) -> None:
+        heads.append(torch.cat([module.net[2].weight.double().mT, module.net[2].bias.double()[None]]).detach().clone())
+        x = module.net[:2](batch[0]).double()
+        features.append((torch.cat([x, torch.ones(len(x), 1)], dim=1).detach(), batch[1].double()))
+
+    with pytest.warns(UserWarning, match="left out"):
+        fit(Head(), callback, Watch(see), data=loader(8), max_epochs=25)
+    Z, y = features[0]
+    _, _, V = torch.linalg.svd(Z, full_matrices=False)
+    best = torch.linalg.lstsq(3 * Z, y).solution
+    for step in (1, 5, 24):
+        left = (V @ (heads[step] - best)).norm(dim=1) / (V @ (heads[0] - best)).norm(dim=1)
+        share = (left > 1 / math.e).double().mean().item()
+        assert callback.history[step]["features/unfitted_modes"] == pytest.approx(share)
 
 
 def test_an_inner_layer_can_be_the_one_whose_features_are_measured() -> None:
-    callback = spectrum(2, features="net.0")
-    with pytest.warns(UserWarning, match="is too few"):
+    callback = spectrum(12, features="net.0")
+    with pytest.warns(UserWarning, match="unfitted_modes left out: the loss depends on net.2.weight, net.2.bias other"):
         dense = run(callback)
     s = torch.linalg.svdvals(torch.cat([dense.batch[0], torch.ones(8, 1)], dim=1))
     assert series(callback, "features/condition_number") == pytest.approx([(s[0] / s[-1]).item()] * 8, rel=1e-4)
 
 
+class Chain(Regression):
+    """A layer, and the linear one behind it, called as a test asks."""
+
+    def __init__(
+        self, layer: nn.Module, *, call: Callable[[nn.Linear, Tensor], Tensor] = lambda head, x: head(x)
+    ) -> None:
+        super().__init__()
+        self.net = nn.Sequential()
+        self.layer, self.head, self.call = layer, nn.Linear(2, 2), call
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return (self.call(self.head, self.layer(x)) - y).square().mean()
+
+
+def condition(Z: Tensor, *, ones: bool) -> float:
+    Z = Z.flatten(0, -2).double()
+    s = torch.linalg.svdvals(torch.cat([Z, torch.ones(len(Z), 1)], dim=1) if ones else Z)
+    return (s[0] / s[-1]).item()
+
+
+def features_of(module: pl.LightningModule, data: Any = None, **options: Any) -> float | None:
+    callback = spectrum(8, **{"outputs": None, "every_n_steps": 100, **options})
+    fit(module, callback, data=data)
+    return callback.history[0].get("features/condition_number")
+
+
 @pytest.mark.filterwarnings("ignore:.*left out:UserWarning")
-def test_features_in_half_precision_are_measured_as_far_as_they_go() -> None:
+def test_a_layer_that_is_called_by_keyword_has_features() -> None:
+    x = next(iter(loader()))[0]
+    module = Chain(nn.Identity(), call=lambda head, x: head(input=x[:, :2]))
+    assert features_of(module) == pytest.approx(condition(x[:, :2], ones=True), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*residual_ratio left out:UserWarning")
+@pytest.mark.parametrize("name", ["net.2", "alias.2"])
+def test_features_of_a_compiled_layer_go_by_any_of_its_names(name: str) -> None:
+    class Compiled(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            hidden = next(iter(loader()))[0].double() @ self.net[0].weight.double().mT + self.net[0].bias
+            self.expected = condition(hidden.detach().tanh(), ones=True)
+            self.alias = self.net = torch.compile(self.net, backend="eager")  # pyright: ignore[reportAttributeAccessIssue]
+
+    module = Compiled()
+    assert features_of(module, features=name) == pytest.approx(module.expected, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*residual_ratio left out:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*unfitted_modes left out:UserWarning")
+@pytest.mark.parametrize("layer", [nn.LayerNorm(3), nn.Identity(), nn.Linear(3, 3)])
+def test_every_position_of_a_sequence_is_a_row_of_the_feature_matrix(layer: nn.Module) -> None:
+    class Sequence(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def loss(self, batch: Any) -> Tensor:
+            x, y = batch
+            return (self.net(self.layer(torch.stack([x, x.sin()], dim=1)).sum(1)) - y).square().mean()
+
+    x = next(iter(loader()))[0]
+    expected = condition(torch.stack([x, x.sin()], dim=1), ones=isinstance(layer, nn.Linear))
+    assert features_of(Sequence(), features="layer") == pytest.approx(expected, rel=1e-4)
+
+
+class Convolved(Regression):
+    """Images of 1 x 1 x 3, or signals of 1 x 3."""
+
+    def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer, self.shape = layer, shape
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return (self.net(self.layer(x.view(self.shape)).flatten(1)) - y).square().mean()
+
+
+NO_MATRIX: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
+    "an image": (nn.Conv2d(1, 1, 1), (8, 1, 1, 3), r"'layer', Conv2d, has the shape \(8, 1, 1, 3\)"),
+    "a signal, channels before positions": (
+        nn.Conv1d(1, 1, 1),
+        (8, 1, 3),
+        r"'layer', Conv1d, has the shape \(8, 1, 3\)",
+    ),
+    "four dimensions": (nn.Tanh(), (8, 1, 1, 3), r"'layer', Tanh, has the shape \(8, 1, 1, 3\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*residual_ratio left out:UserWarning")
+@pytest.mark.parametrize("kind", NO_MATRIX)
+def test_an_input_that_is_no_feature_matrix_has_no_features_and_one_message(kind: str) -> None:
+    layer, shape, message = NO_MATRIX[kind]
+    callback = spectrum(8, features="layer", outputs=None)
+    with pytest.warns(
+        UserWarning, match=rf"features/\* left out: the input of features={message}.*behind the pool"
+    ) as warned:
+        fit(Convolved(layer, shape), callback)
+    assert len([text for text in complaints(warned) if "features" in text]) == 1
+    assert steps(callback) == [0, 1, 2, 3]
+    assert not [tag for entry in callback.history for tag in entry if tag.startswith("features")]
+
+
+@pytest.mark.filterwarnings("ignore:.*left out:UserWarning")
+def test_features_in_half_precision_are_left_out() -> None:
+    """Rounding would pass for their small singular values."""
     callback = spectrum(2, rtol=0.1)
-    fit(Regression(), callback, data=loader(400, batch_size=200), precision="bf16-true")
-    assert all(1 <= value <= 2 for value in series(callback, "features/condition_number"))
+    with pytest.warns(UserWarning, match=r"features/\* left out: the features are in half precision"):
+        fit(Regression(), callback, data=loader(400, batch_size=200), precision="bf16-true")
+    assert not any(tag.startswith("features/") for entry in callback.history for tag in entry)
+
+
+@pytest.mark.parametrize("rows", [64, 4096])
+@pytest.mark.parametrize("spread", [1.0, 3e-5])
+def test_a_small_singular_value_is_seen_however_many_rows_there_are(rows: int, spread: float) -> None:
+    class Given(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 2, bias=False))
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 3, generator=generator) @ torch.diag(torch.tensor([1.0, 1.0, spread]))
+    data = DataLoader(TensorDataset(x, torch.zeros(rows, 2)), batch_size=rows)
+    s = torch.linalg.svdvals(x.double())
+    with pytest.warns(UserWarning, match="left out"):
+        assert features_of(Given(), data) == pytest.approx((s[0] / s[-1]).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["32-true", "64-true"])
+def test_a_column_that_repeats_others_does_not_count(dtype: str) -> None:
+    class Repeating(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 2, bias=False))
+
+        def loss(self, batch: Any) -> Tensor:
+            x, y = batch
+            return (self.net(torch.cat([x, x[:, :1] / 3 + x[:, 1:2] / 7], dim=1)) - y).square().mean()
+
+    x = next(iter(loader(32, batch_size=32)))[0].double()
+    s = torch.linalg.svdvals(torch.cat([x, x[:, :1] / 3 + x[:, 1:2] / 7], dim=1))
+    callback = spectrum(8, outputs=None)
+    with pytest.warns(UserWarning, match="left out"):
+        fit(Repeating(), callback, data=loader(32, batch_size=32), precision=dtype)
+    assert callback.history[0]["features/condition_number"] == pytest.approx((s[0] / s[2]).item(), rel=1e-4)
 
 
 def test_hooks_are_gone_after_measuring() -> None:
@@ -313,10 +492,64 @@ def test_a_loss_that_is_not_convex_in_the_outputs_leaves_gauss_newton_out_with_t
     assert all("hessian/lambda_max" in entry for entry in callback.history)
 
 
-def test_a_batch_smaller_than_the_class_count_has_no_outliers_and_one_message() -> None:
+def test_a_regression_is_told_of_its_outputs() -> None:
+    class Many(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 12))
+
+        def loss(self, batch: Any) -> Tensor:
+            return (self.net(batch[0]) - 1).square().mean()
+
+    with pytest.warns(UserWarning, match=r"the model has 12 outputs.*Pass num_eigenvalues=32\.$") as warned:
+        fit(Many(), spectrum(10), data=loader(batch_size=16))
+    assert not [text for text in complaints(warned) if "class" in text]
+
+
+def test_a_spectrum_without_an_edge_is_said_once_a_run_for_all_its_matrices() -> None:
+    class Decaying(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(30, 1, bias=False))
+
+        def loss(self, batch: Any) -> Tensor:
+            scale = 4.0 ** -torch.arange(30)
+            return (self.net(torch.eye(30)) * scale.sqrt()[:, None]).square().sum() / 2
+
+    callback = spectrum(12, gauss_newton=True, num_steps=2, num_probes=1)
+    with pytest.warns(UserWarning, match="no bulk ends among the largest eigenvalues, as is usual at init") as warned:
+        fit(Decaying(), callback)
+    assert len([text for text in complaints(warned) if "outlier" in text]) == 1
+    assert len(callback.history) == 4
+    assert not [tag for entry in callback.history for tag in entry if "outlier" in tag]
+
+
+class SkewedLater(Regression):
+    """Has a symmetric Hessian while it is tested, and none from the third step on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_step < 2:
+            return self.loss(batch)
+        return SkewedSquare.apply(torch.cat([p.flatten() for p in self.parameters()])).sum() + 0 * self.loss(batch)
+
+
+@pytest.mark.filterwarnings("ignore:.*left out:UserWarning")
+def test_products_that_turn_asymmetric_give_a_status_and_no_number() -> None:
+    callback = spectrum(8, outputs=None)
+    with pytest.warns(UserWarning, match="breakdown: The products are not those of one symmetric matrix"):
+        fit(SkewedLater(), callback)
+    assert series(callback, "hessian/status") == [0, 0, Status.BREAKDOWN, Status.BREAKDOWN]
+    logged = [{tag for tag in entry if tag.startswith(("hessian", "features"))} for entry in callback.history]
+    assert logged[1] >= {"hessian/lambda_max", "hessian/density", "features/condition_number"}
+    assert logged[2:] == [{"hessian/status", "hessian/num_matvecs"}] * 2
+
+
+def test_a_batch_with_fewer_samples_than_outputs_has_no_outliers_and_one_message() -> None:
     callback = spectrum(28)
     data = DataLoader(clusters(8).dataset, batch_size=4)
-    with pytest.warns(UserWarning, match="fewer samples than there are classes, 8") as warned:
+    with pytest.warns(
+        UserWarning, match="the probe has 4 samples, and the model more outputs, 8. Raise num_batches"
+    ) as warned:
         fit(Softmax(8), callback, data=data, precision="64-true", limit_train_batches=2)
     assert len(complaints(warned)) == 1
     for entry in callback.history:
@@ -370,7 +603,7 @@ def test_the_graph_of_the_gradient_is_built_once_for_all(monkeypatch: pytest.Mon
     first = runs[0]
     runs[0] = 0
     fit(Regression(), spectrum(10, every_n_steps=1))
-    assert runs[0] - first == 3 * 3  # three more measurements: Hessian, Gauss-Newton, features
+    assert runs[0] - first == 3 * 4  # three more measurements: Hessian, Gauss-Newton, features, and their curvature
 
 
 @pytest.mark.filterwarnings("ignore:.*left out:UserWarning")
@@ -430,7 +663,7 @@ def test_bad_arguments_are_refused(kind: str) -> None:
 
 def test_features_that_no_layer_is_called_are_refused_with_a_close_name() -> None:
     callback = HessianSpectrum(features="nett.2")
-    with pytest.warns(UserWarning, match="features='nett.2' names no submodule of Regression; close names are 'net.2'"):
+    with pytest.warns(UserWarning, match="features='nett.2' names no submodule of Regression; did you mean 'net.2'"):
         trainer = fit(Regression(), callback)
     assert trainer.global_step == 4
     assert callback.history == []

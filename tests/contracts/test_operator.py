@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import spectral_callbacks
+from spectral_callbacks.callbacks.features import CurvatureInOutputs
+from spectral_callbacks.callbacks.watched import Watched
 from spectral_callbacks.linalg import DiagonalCongruence, LinearOperator, Matrix
-from spectral_callbacks.linalg.subspace import Complement
+from spectral_callbacks.linalg.subspace import Complement, Normalized
 from spectral_callbacks.operators import (
     Cut,
     GaussNewton,
@@ -65,6 +67,29 @@ def _complement(dtype: torch.dtype) -> Case:
     X, _ = torch.linalg.qr(torch.randn(len(A), 3, dtype=torch.float64))
     P = torch.eye(len(A), dtype=torch.float64) - X @ X.mT
     return Case(Complement(Matrix(A.to(dtype)), X.to(dtype)), P @ A @ P)
+
+
+def _watched(dtype: torch.dtype) -> Case:
+    A = problems.symmetric(problems.SPECTRA["indefinite"])
+    return Case(Watched(Matrix(A.to(dtype))), A)
+
+
+def _normalized(dtype: torch.dtype) -> Case:
+    A = problems.symmetric(problems.SPECTRA["indefinite"])
+    operator = Normalized(Matrix(A.to(dtype)))
+    operator.matmat(torch.ones(len(A), 1, dtype=dtype))  # whose size is the unit
+    return Case(operator, A / operator.unit)
+
+
+def _curvature_at_layer(dtype: torch.dtype) -> Case:
+    module, B = nn.Linear(3, 2).to(dtype), problems.symmetric(torch.tensor([3.0, 2.0, 1.0, 0.5]))
+
+    def cut() -> Cut:
+        outputs = module(torch.ones(2, 3, dtype=dtype))
+        leaf = outputs.detach().requires_grad_()
+        return Cut((outputs,), (leaf,), leaf.flatten() @ (B.to(dtype) @ leaf.flatten()) / 2)
+
+    return Case(CurvatureInOutputs(GaussNewton(OutputObjective(ParameterSpace(module), [cut]))), B)
 
 
 def _hessian(dtype: torch.dtype, *, keep_graphs: bool = True) -> Case:
@@ -126,6 +151,9 @@ OPERATORS: dict[str, tuple[type[LinearOperator], Callable[[torch.dtype], Case]]]
     "Matrix, symmetric": (Matrix, _symmetric_matrix),
     "DiagonalCongruence": (DiagonalCongruence, _congruence),
     "Complement": (Complement, _complement),
+    "Normalized": (Normalized, _normalized),
+    "Watched": (Watched, _watched),
+    "CurvatureInOutputs": (CurvatureInOutputs, _curvature_at_layer),
     "Hessian": (Hessian, _hessian),
     "Hessian, graphs not kept": (Hessian, lambda dtype: _hessian(dtype, keep_graphs=False)),
     "GaussNewton": (GaussNewton, _gauss_newton),

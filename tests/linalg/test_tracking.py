@@ -166,3 +166,14 @@ def test_sameness_sees_a_planted_difference() -> None:
     _assert_same(pairs, pairs)
     with pytest.raises(AssertionError):
         _assert_same(pairs, other)
+
+
+def test_where_every_search_looks_a_new_leading_direction_is_seen_at_once() -> None:
+    """Of matrices that have nothing to do with each other, as the Hessians of different batches may have."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.cat([torch.tensor([4.0, 3.0]), torch.linspace(-1.0, 1.0, 58)])
+    second = torch.cat([torch.tensor([4.0, 3.0]), torch.linspace(-1.0, 1.0, 57), torch.tensor([5.0])])
+    tracker = Tracker(look_every=1)
+    for diagonal in (first, second, first, second):
+        pairs = tracker(Diagonal(diagonal.double()), generator=generator)
+        assert pairs.values.item() == pytest.approx(diagonal.max().item(), rel=1e-4)
