@@ -38,8 +38,9 @@ class HessianSpectrum(SpectralCallback):
     ..., `hessian/lambda_min_residual` of each. `hessian/density`, the distribution of all eigenvalues by stochastic
     Lanczos quadrature: a histogram on a signed logarithmic axis, and under `hessian/density_points` a tensor of
     eigenvalues and weights. `hessian/mean` of the eigenvalues and `hessian/mean_error`; `hessian/negative_mass`, the
-    share of eigenvalues below zero: of those too near zero for the quadrature to tell, exact zeros among them, one half
-    counts, and `hessian/negative_mass_error` allows for it. `hessian/num_outliers`, how many of the largest stand clear
+    share of eigenvalues below zero: of those too near zero for the quadrature to tell, exact zeros among them, about one
+    half counts, or none where nothing else is negative, and `hessian/negative_mass_error` allows for it.
+    `hessian/num_outliers`, how many of the largest stand clear
     of the bulk, `hessian/bulk_edge`, where it ends, and `hessian/outlier_gap`, what the count rests on: at 5 an
     eigenvalue begins to count, 10 is beyond doubt (see `spectral_callbacks.metrics.outliers`).
     `hessian/condition_number`, the largest eigenvalue over the smallest one in the quadrature above
@@ -215,7 +216,7 @@ class HessianSpectrum(SpectralCallback):
             f"{name}/condition_cutoff": self._cutoff * max(top.item(), 0.0),
         }
         if signed:
-            negative = density.mass_below(-2 * density.rounding)
+            negative = density.mass_below(0.0)
             readings[f"{name}/negative_mass"] = negative.value
             readings[f"{name}/negative_mass_error"] = negative.error
         return readings

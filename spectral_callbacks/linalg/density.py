@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from spectral_callbacks.linalg.krylov import Krylov
 from spectral_callbacks.linalg.operator import LinearOperator
-from spectral_callbacks.linalg.quadrature import mass_bounds, tridiagonal
+from spectral_callbacks.linalg.quadrature import check_quadrature, lanczos, mass_bounds, rounding_of, tridiagonal
 from spectral_callbacks.linalg.result import Eigenpairs, Estimate, Status
-from spectral_callbacks.linalg.subspace import Complement, dimension, gaussian, whole_space
+from spectral_callbacks.linalg.subspace import Complement, dimension, whole_space
 
 _MAX_ASYMMETRY = 0.05  # as in eigsh
-_ROUNDING = 50.0  # rounding errors of ‖A‖ within which two numbers are one
+_NOTHING = 1e-12  # of a mass
 _CONVERGED = 0.05  # residual, relative to the node, of a node that is an eigenvalue
+_ROUNDING_OF_SUM = 0.08  # of `rounding`: 4 rounding errors of ‖A‖, as in trace
 _NUM_BISECTIONS = 60
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +28,18 @@ class Density:
     """The distribution of the n eigenvalues of A: p Gauss quadratures of m nodes, each seen by one random vector.
 
     A quadrature is exact for polynomials below degree 2 m. Nodes at the ends of the spectrum are eigenvalues; one
-    inside stands for as many as its weight says. Two errors follow, and both are reported:
+    inside stands for as many as its weight says. Two errors follow:
 
     - A random vector gives each eigenvalue a random weight. The mean of f(λ) then has the variance
       2 (mean f² - (mean f)²) / (p (n + 2)), exactly, which is taken from the quadratures: the spread of p = 3 numbers
       would be a t statistic of 2 degrees of freedom, wrong by a factor of two in every third case.
     - What 2 m moments leave open. They confine the mass below x to an interval as long as the largest mass that may sit
       at x (Chebyshev, Markov, Stieltjes): nothing between outliers, and more than half of everything next to the
-      thousands of eigenvalues that a network has near zero. The error of a mass counts it as a uniform distribution,
-      length / √12. It bounds a bias: more probes do not shorten it; more steps do, slowly.
+      thousands of eigenvalues that a network has near zero. The error of a mass counts the truth as uniform in it,
+      length / √12 from the middle. It bounds a bias: more probes do not shorten it; more steps do, slowly.
+
+    Below both are rounding errors. Eigenvalues within `rounding` of a point are on either side of it: their mass counts
+    as open. A moment's error contains what relative errors of a few units in the last place do to it.
 
     Attributes:
         diagonals: (p, m), float64, on the CPU: of the tridiagonal matrices of the p Lanczos runs.
@@ -76,32 +80,40 @@ class Density:
         For the trace itself `trace` is more exact: here an outlier has the weight that the random vectors give it,
         unless it is known.
         """
-        return self._mean(lambda nodes: nodes**k)
+        return self._moment(k, 0.0)
 
     def variance(self) -> Estimate:
         """Return the mean of (λ - mean)² over the eigenvalues."""
         mean = self.moment(1)
-        around = self._mean(lambda nodes: (nodes - mean.value).square())
+        around = self._moment(2, mean.value)
         return dataclasses.replace(around, value=around.value + mean.error**2)  # what the fit of the mean takes away
 
     def mass_below(self, x: float) -> Estimate:
         """Return the share of eigenvalues below x.
 
-        Inside the interval that the moments leave open, the value is extrapolated: mass that half the steps could not
-        tell from x, but all of them can, went below and above in some proportion, and the rest is split alike.
+        One that is below x by more than `rounding` counts. Mass that cannot be told from x, because moments leave it
+        open or because it is within `rounding` of x, is split: in the proportion in which mass went below and above
+        that all steps can tell from x and half of them could not, and in halves where no mass did. Where nothing else
+        is below x, it is not either: `mass_below(0.0)`, the share of negative eigenvalues, is 0 for a positive
+        semi-definite matrix of any rank. No share that is possible is more than 2 errors away.
         """
         points, m = torch.tensor([x], dtype=torch.float64), self.diagonals.shape[1]
-        low, open_ = (share.item() for share in self._bounds(points, m))
-        low_before, open_before = (share.item() for share in self._bounds(points, (m + 1) // 2))
-        resolved = open_before - open_
-        part = min(max((low - low_before) / resolved, 0.0), 1.0) if resolved > self.rounding else 0.5
-        mass = low + part * open_
-        return self._estimate(mass, self._error_of_mass(mass, open_))
+        low, open_, there = (share.item() for share in self._bounds(points, m))
+        low_before, open_before, there_before = (share.item() for share in self._bounds(points, (m + 1) // 2))
+        either, part = open_ + there, 0.5
+        resolved = open_before + there_before - either
+        if (self.weights * (self.nodes < x - self.rounding)).sum(1).mean().item() <= _NOTHING and math.isfinite(low):
+            low, either, part = 0.0, low + either, 0.0
+        elif resolved * self.size >= 1:  # an eigenvalue or more
+            part = min(max((low - low_before) / resolved, 0.0), 1.0)
+        mass = low + part * either
+        return self._estimate(mass, self._error_of_mass(mass, either, part))
 
     def quantile(self, q: float) -> Estimate:
         """Return the number with a share q of the eigenvalues below it.
 
-        The error is half the distance between the quantiles at q plus and minus the error of the mass there.
+        The error is half the distance between the quantiles at q plus and minus the error of the mass there, and
+        `rounding`.
 
         Raises:
             ValueError: If q is not between 0 and 1.
@@ -111,15 +123,15 @@ class Density:
         value = self._quantiles(torch.tensor([q], dtype=torch.float64))
         error = self._error_of_mass(q, self._bounds(value, self.diagonals.shape[1])[1].item())
         ends = self._quantiles(torch.tensor([q - error, q + error], dtype=torch.float64).clamp(0, 1))
-        return self._estimate(value.item(), (ends[1] - ends[0]).item() / 2)
+        return self._estimate(value.item(), math.hypot((ends[1] - ends[0]).item() / 2, self.rounding))
 
     def histogram(
         self,
         edges: Tensor,  # (b + 1,), ascending
     ) -> Tensor:  # (b,) float64, on the CPU
-        """Return the share of eigenvalues from each edge to before the next; what the moments leave open is halved."""
-        low, open_ = self._bounds(edges.to("cpu", torch.float64), self.diagonals.shape[1])
-        return (low + open_ / 2).diff().clamp_min(0.0)
+        """Return the share of eigenvalues between edges; what cannot be told from an edge is halved."""
+        low, open_, there = self._bounds(edges.to("cpu", torch.float64), self.diagonals.shape[1])
+        return (low + (open_ + there) / 2).diff().clamp_min(0.0)
 
     @property
     def _num_probes(self) -> int:
@@ -142,36 +154,52 @@ class Density:
         values, S = torch.linalg.eigh(tridiagonal(self.diagonals, self.couplings[:, :-1]))
         return values, S[:, 0].square(), (self.couplings[:, -1:] * S[:, -1]).abs()
 
-    def _mean(self, f: Callable[[Tensor], Tensor]) -> Estimate:
+    def _moment(self, k: int, center: float) -> Estimate:
+        """Return the mean of (λ - center)ᵏ."""
         values, shares, residuals = self._ritz
-        seen = f(values)
+        seen = (values - center) ** k
+        mean = (shares * seen).sum(1).mean().item()
         # An eigenvalue weighs 1 / n at least. One that happened to get less would hide its own variance.
         at_least = torch.where(residuals <= _CONVERGED * values.abs(), (shares > 0) / max(self._num_unknown, 1), 0.0)
-        square = (torch.maximum(shares, at_least) * seen.square()).sum(1).mean().item()
-        mean = (shares * seen).sum(1).mean().item()
-        known = f(self.known).sum().item() / self.size
-        return self._estimate(self._share * mean + known, self._sampling_error(square - mean**2))
+        variance = (torch.maximum(shares, at_least) * (seen - mean).square()).sum(1).mean().item()
+        known = ((self.known - center) ** k).sum().item() / self.size
+        error = math.hypot(self._sampling_error(variance), self._rounding_error(k, center))
+        return self._estimate(self._share * mean + known, error)
+
+    def _rounding_error(self, k: int, center: float) -> float:
+        """Return the error of vᵀ(A - center)ᵏ v in whose products A v rounding errs, relatively."""
+
+        def rms(x: Tensor) -> float:
+            return (self.weights * x.square()).sum(1).mean().sqrt().item()
+
+        step = _ROUNDING_OF_SUM * self.rounding * rms(self.nodes / self.nodes.abs().max().clamp_min(_TINY))
+        return k * step * rms(((self.nodes - center).abs() + step) ** max(k - 1, 0))
 
     def _sampling_error(self, variance: float) -> float:
         """Return the standard error of the mean of a function with this variance over the unknown eigenvalues."""
         return self._share * math.sqrt(2 * max(variance, 0.0) / (self._num_probes * (self._num_unknown + 2)))
 
-    def _error_of_mass(self, mass: float, open_: float) -> float:
+    def _error_of_mass(self, mass: float, open_: float, part: float = 0.5) -> float:
+        """Return the error of a mass that contains a part of what is open: the truth is uniform in all of it."""
         smaller = min(mass, 1 - mass)  # at least one eigenvalue, unless there is none
-        variance = max(smaller, 1 / self.size) * (1 - smaller) if smaller > self.rounding else 0.0
-        return math.hypot(self._sampling_error(variance), open_ / math.sqrt(12))
+        variance = max(smaller, 1 / self.size) * (1 - smaller) if smaller > _NOTHING else 0.0
+        return math.hypot(self._sampling_error(variance), open_ * math.sqrt(1 / 12 + (part - 0.5) ** 2))
 
     def _estimate(self, value: float, error: float) -> Estimate:
         return Estimate(value, error if math.isfinite(value) else math.inf, self._num_probes)
 
-    def _bounds(self, points: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:  # each like points, (g,)
-        """Return the least mass below each point that so many steps allow, and how much more it may be."""
+    def _bounds(self, points: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:  # each like points, (g,)
+        """Return the bounds of `mass_bounds` by so many steps, over all eigenvalues."""
         if self.status is Status.NONFINITE:
-            return torch.full_like(points, torch.nan), torch.full_like(points, torch.nan)
+            nothing = torch.full_like(points, torch.nan)
+            return nothing, nothing, nothing
         steps = slice(num_steps)
-        low, open_ = mass_bounds(self.diagonals[:, steps], self.couplings[:, steps], points, rounding=self.rounding)
-        known = (self.known < points[:, None] - self.rounding).sum(1) / self.size
-        return self._share * low.mean(0) + known, self._share * open_.mean(0)
+        unknown = mass_bounds(self.diagonals[:, steps], self.couplings[:, steps], points, rounding=self.rounding)
+        low, open_, there = (self._share * bound.mean(0) for bound in unknown)
+        distances = self.known - points[:, None]
+        masks = (distances < -self.rounding, distances.abs() <= self.rounding)
+        known_low, known_there = (mask.double().sum(1) / self.size for mask in masks)
+        return low + known_low, open_, there + known_there
 
     def _quantiles(self, levels: Tensor) -> Tensor:  # like levels
         if self.status is Status.NONFINITE:
@@ -182,7 +210,7 @@ class Density:
         low, high = (nodes.min() - reach).expand(len(levels)), (nodes.max() + reach).expand(len(levels))
         for _ in range(_NUM_BISECTIONS):
             middle = (low + high) / 2
-            least, open_ = self._bounds(middle, m)
+            least, open_, _ = self._bounds(middle, m)
             beyond = least + open_ / 2 >= levels
             low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
         return (low + high) / 2
@@ -200,7 +228,7 @@ def spectral_density(
 
     The runs are fully orthogonalized, so that no eigenvalue is seen twice, and end early where they have seen all that
     their start vector has a part in. Costs num_steps num_probes products and room for num_steps + 1 vectors; where n
-    products are no more than that, they give all eigenvalues and no error remains.
+    products are no more than that, they give all eigenvalues, and only rounding errors remain.
 
     More probes shrink the errors of moments, more steps those of masses. For the share of negative eigenvalues of a
     trained network, most of which are tiny, 1 x 90 is better than 3 x 30.
@@ -230,9 +258,7 @@ def spectral_density(
     """
     if A.shape[0] != A.shape[1]:
         raise ValueError(f"the operator has shape {A.shape}; only a square one has eigenvalues.")
-    for name, number in (("num_steps", num_steps), ("num_probes", num_probes)):
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1; 30 steps from 3 probes are a good start.")
+    check_quadrature(num_steps, num_probes)
     n = dimension(A)
     if n <= num_steps * num_probes:
         return _exact(A, n, generator, num_probes)
@@ -245,18 +271,13 @@ def spectral_density(
     size = max(known.abs().tolist(), default=0.0)  # of ‖A‖: what is left of rounding beside known pairs is nothing
     if not known.isfinite().all():
         status = Status.NONFINITE
-    for diagonal, beside in zip(diagonals, couplings, strict=True):
-        krylov = _lanczos(rest, m, generator, size)
+    for probe in range(num_probes):
+        krylov, diagonals[probe], couplings[probe] = lanczos(rest, m, generator, size=size)
         size = max(size, krylov.norm)
-        T, steps = krylov.projection, krylov.dimension
-        diagonal[:steps] = T.diagonal()
-        if steps:
-            beside[: steps - 1] = T.diagonal(1)
-            beside[steps - 1] = _coupling(krylov, _rounding(A) * size)
         status, num_matvecs = max(status, _status(krylov, size)), num_matvecs + krylov.num_matvecs
     if status is Status.NONFINITE:
         diagonals, couplings = diagonals.fill_(torch.nan), couplings.fill_(torch.nan)
-    return Density(diagonals, couplings, known, n, _rounding(A) * size, status, num_matvecs)
+    return Density(diagonals, couplings, known, n, rounding_of(A) * size, status, num_matvecs)
 
 
 def _exact(A: LinearOperator, n: int, generator: torch.Generator, num_probes: int) -> Density:
@@ -264,37 +285,16 @@ def _exact(A: LinearOperator, n: int, generator: torch.Generator, num_probes: in
     Q = whole_space(A, generator)
     B = A.gram(Q, A.matmat(Q)).to("cpu", torch.float64)
     nothing, size = torch.zeros(num_probes, 1, dtype=torch.float64), B.abs().max().item()
-    status, known = Status.NONFINITE, torch.full((n,), torch.nan, dtype=torch.float64)
+    status, known, norm = Status.NONFINITE, torch.full((n,), torch.nan, dtype=torch.float64), math.nan
     if math.isfinite(size):
         known = torch.linalg.eigvalsh((B + B.mT) / 2)
+        norm = known.abs().max().item()
         skew = (B - B.mT).abs().max().item()
         status = Status.BREAKDOWN if skew > _MAX_ASYMMETRY * size else Status.CONVERGED
-    return Density(nothing, nothing, known, n, _rounding(A) * size, status, Q.shape[1])
+    return Density(nothing, nothing, known, n, rounding_of(A) * norm, status, Q.shape[1])
 
 
 def _status(krylov: Krylov, size: float) -> Status:
     if not krylov.finite:
         return Status.NONFINITE
     return Status.BREAKDOWN if krylov.asymmetry * krylov.norm > _MAX_ASYMMETRY * size else Status.CONVERGED
-
-
-def _lanczos(A: Complement, num_steps: int, generator: torch.Generator, size: float) -> Krylov:
-    krylov = Krylov(A)
-    krylov.add(A.project(gaussian(A, 1, generator))[:, 0])
-    while krylov.finite and krylov.num_directions and krylov.num_matvecs < num_steps:
-        krylov.expand()
-        if krylov.finite and not _coupling(krylov, _rounding(A) * max(size, krylov.norm)):
-            break
-    return krylov
-
-
-def _coupling(krylov: Krylov, rounding: float) -> float:
-    """Return how the last vector is coupled to the rest of the space: 0 within rounding of the products."""
-    if not krylov.num_directions:
-        return 0.0
-    coupling = krylov.coupling(torch.eye(krylov.dimension, dtype=torch.float64)[-1]).abs().item()
-    return coupling if coupling > rounding else 0.0
-
-
-def _rounding(A: LinearOperator) -> float:
-    return _ROUNDING * torch.finfo(A.dtype).eps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -108,3 +110,42 @@ class Complement(LinearOperator):
     ) -> Tensor:  # (n, k)
         """Return the part of each column that is orthogonal to the vectors."""
         return X - self._vectors @ self._A.gram(self._vectors, X)
+
+
+class Normalized(LinearOperator):
+    """A / unit, of which squares neither overflow nor vanish, whatever the unit of A.
+
+    Args:
+        A: (n, n).
+
+    Attributes:
+        unit: Size of the first product, rounded to a power of two: dividing by it loses nothing.
+
+    Example:
+        >>> import torch
+        >>> from spectral_callbacks.linalg import Matrix
+        >>> A = Normalized(Matrix(1e-30 * torch.eye(2)))
+        >>> product = A.matmat(torch.ones(2, 1))
+        >>> 0.1 < product.square().sum().item() < 10
+        True
+    """
+
+    def __init__(self, A: LinearOperator) -> None:
+        self._A = A
+        self.unit = 0.0
+        self.shape = A.shape
+        self.dtype = A.dtype
+        self.device = A.device
+
+    def matmat(self, X: Tensor) -> Tensor:
+        """Return the product, which is the first to say how large products are."""
+        product = self._A.matmat(X)
+        if not self.unit:
+            roots = product.abs().mean(dim=1, keepdim=True).sqrt()  # whose squares are safe to sum
+            size = self.gram(roots, roots).item()
+            self.unit = 2.0 ** round(math.log2(size)) if 0 < size < math.inf else 1.0
+        return product / self.unit
+
+    def gram(self, X: Tensor, Y: Tensor) -> Tensor:
+        """Return the inner products as A takes them."""
+        return self._A.gram(X, Y)

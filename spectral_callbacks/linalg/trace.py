@@ -12,12 +12,21 @@ from torch.nn.functional import normalize
 
 from spectral_callbacks.linalg.operator import LinearOperator
 from spectral_callbacks.linalg.result import Eigenpairs, Estimate
-from spectral_callbacks.linalg.subspace import Complement, dimension, gaussian, orthonormalize, rademacher, whole_space
+from spectral_callbacks.linalg.subspace import (
+    Complement,
+    Normalized,
+    dimension,
+    gaussian,
+    orthonormalize,
+    rademacher,
+    whole_space,
+)
 
 Method = Literal["hutchinson", "hutch++", "xtrace", "deflated"]
 
 _FAILED = Estimate(math.nan, math.inf, 0)
 _FEWEST = 6  # products of a method that learns a subspace first: below, plain samples are better spent
+_ROUNDING = 4.0  # units in the last place that products err by: each of n in ‖A‖ / √n by itself, and all alike
 
 
 def trace(
@@ -52,8 +61,9 @@ def trace(
     Returns:
         The trace and its standard error, whose square is right on average. It is infinite for one sample, and for few
         it is itself uncertain: at 30 products |error| <= 2 standard errors in 92 to 96 % of cases (88 to 93 % for the
-        10 samples of "hutch++"), at 12 in 83 to 92 %.
-        NaN with infinite error where a product is not finite.
+        10 samples of "hutch++"), at 12 in 83 to 92 %. It includes rounding, 4 eps √(‖A‖² + (tr A)²), the only error of
+        an exact trace.
+        NaN with infinite error where a product or an eigenvalue is not finite.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -75,22 +85,34 @@ def trace(
         raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, get_args(Method)))}.")
     if method == "deflated" and eigenpairs is None:
         raise ValueError('method="deflated" needs eigenpairs; pass those of eigsh, or use method="xtrace".')
-    if dimension(A) <= num_matvecs:
+    exact = dimension(A) <= num_matvecs
+    known = torch.zeros(0, dtype=torch.float64) if eigenpairs is None or exact else eigenpairs.values
+    A = Normalized(A if eigenpairs is None or exact else Complement(A, eigenpairs.vectors))
+    inside = 0.0
+    if exact:
         Q = whole_space(A, generator)
-        return _exact(_columns(A, Q, A.matmat(Q)).sum().item(), Q.shape[1])
-    known = 0.0
-    if eigenpairs is not None:
-        A, known = Complement(A, eigenpairs.vectors), eigenpairs.values.sum().item()
-    if method == "xtrace" and num_matvecs >= _FEWEST:
-        estimate = _Sketch(A, num_matvecs // 2, generator).trace()
+        AQ = A.matmat(Q)
+        estimate, square = _exact(_columns(A, Q, AQ).sum().item(), Q.shape[1]), _squares(A, AQ).sum().item()
+    elif method == "xtrace" and num_matvecs >= _FEWEST:
+        sketch = _Sketch(A, num_matvecs // 2, generator)
+        estimate, square = sketch.trace(), sketch.square
     elif method == "hutch++" and num_matvecs >= _FEWEST:
         third = num_matvecs // 3
-        Q, _ = orthonormalize(A, A.matmat(rademacher(A, third, generator)))
-        known += _columns(A, Q, A.matmat(Q)).sum().item()
-        estimate = _estimate(_hutchinson(Complement(A, Q), third, generator))
+        first = A.matmat(rademacher(A, third, generator))
+        Q, _ = orthonormalize(A, first)
+        inside = _columns(A, Q, A.matmat(Q)).sum().item()
+        Z = rademacher(A, third, generator)
+        rest = Complement(A, Q)
+        estimate, square = _estimate(_columns(rest, Z, rest.matmat(Z))), _squares(A, first).mean().item()
     else:
-        estimate = _estimate(_hutchinson(A, num_matvecs, generator))
-    return dataclasses.replace(estimate, value=estimate.value + known)
+        Z = rademacher(A, num_matvecs, generator)
+        AZ = A.matmat(Z)
+        estimate, square = _estimate(_columns(A, Z, AZ)), _squares(A, AZ).mean().item()
+    value = A.unit * (estimate.value + inside) + known.sum().item()
+    if not math.isfinite(value):
+        return dataclasses.replace(_FAILED, num_samples=estimate.num_samples)
+    size = math.hypot(A.unit * math.sqrt(square), known.norm().item(), value)
+    return Estimate(value, math.hypot(A.unit * estimate.error, _rounding(A) * size), estimate.num_samples)
 
 
 def frobenius_norm(
@@ -111,8 +133,8 @@ def frobenius_norm(
         generator: Source of the test vectors, on A's device.
 
     Returns:
-        The norm, with the standard error of its square divided by twice the norm. The root makes the norm too small on
-        average, by half of (error / value)², relatively.
+        The norm, with the standard error of its square divided by twice the norm, and rounding, 4 eps ‖A‖. The root
+        makes the norm too small on average, by half of (error / value)², relatively.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -129,6 +151,7 @@ def frobenius_norm(
         Epperly, Tropp, Webber, XTrace (2024), arXiv 2301.07825, for the leave-one-out samples.
     """
     _check(A, num_matvecs)
+    A = Normalized(A)
     if dimension(A) <= num_matvecs:
         Q = whole_space(A, generator)
         square = _exact(_squares(A, A.matmat(Q)).sum().item(), Q.shape[1])
@@ -136,8 +159,11 @@ def frobenius_norm(
         square = _Sketch(A, num_matvecs // 2, generator).trace_of_square()
     else:
         square = _estimate(_squares(A, A.matmat(rademacher(A, num_matvecs, generator))))
-    norm = math.sqrt(square.value) if square.value > 0 else square.value
-    return Estimate(norm, square.error / (2 * norm) if norm > 0 else square.error, square.num_samples)
+    if not math.isfinite(square.value):
+        return square
+    norm = math.sqrt(max(square.value, 0.0))
+    error = square.error / (2 * norm) if norm > 0 else math.sqrt(square.error)
+    return Estimate(A.unit * norm, A.unit * math.hypot(error, _rounding(A) * norm), square.num_samples)
 
 
 class _Sketch:
@@ -159,7 +185,8 @@ class _Sketch:
         self._n = dimension(A)
         self._lengths = _columns(A, omega, omega)
         self._AO = A.matmat(omega)
-        self._finite = bool(_squares(A, self._AO).isfinite().all())
+        self.square = _squares(A, self._AO).mean().item()  # estimates ‖A‖²
+        self._finite = math.isfinite(self.square)
         if self._finite:
             self._Q, self._R = orthonormalize(A, self._AO)
             self._AQ = A.matmat(self._Q)
@@ -187,7 +214,7 @@ class _Sketch:
         (rank, k), W = self._W.shape, self._W
         full = rank == k
         # Where the products are dependent, each lies in the span of the others, and no direction is lost with it.
-        S = normalize(torch.linalg.inv(self._R).mT, dim=0) if full else torch.zeros_like(W)
+        S = normalize(torch.linalg.inv(self._R).mT, dim=0, eps=0.0) if full else torch.zeros_like(W)
 
         def sample(inside: Tensor, lost: Tensor, num_lost: int) -> Tensor:
             """Samples by test vectors whose coordinates in the smaller basis are `inside`, (r, k, ...)."""
@@ -205,11 +232,6 @@ class _Sketch:
         change = (T[:, None] - sample(inside, lost, 2)).fill_diagonal_(0.0)
         covariance = ((change * change.mT).sum() / (k * (k - 1))).clamp_min(0.0)
         return _estimate(T, covariance.item())
-
-
-def _hutchinson(A: LinearOperator, num_matvecs: int, generator: torch.Generator) -> Tensor:  # (num_matvecs,)
-    Z = rademacher(A, num_matvecs, generator)
-    return _columns(A, Z, A.matmat(Z))
 
 
 def _columns(A: LinearOperator, X: Tensor, Y: Tensor) -> Tensor:  # (k,) float64 on the CPU
@@ -235,6 +257,10 @@ def _estimate(samples: Tensor, covariance: float = 0.0) -> Estimate:
         return Estimate(math.nan, math.inf, m)
     error = math.sqrt(samples.var().item() / m + covariance) if m > 1 else math.inf
     return Estimate(samples.mean().item(), error, m)
+
+
+def _rounding(A: LinearOperator) -> float:
+    return _ROUNDING * torch.finfo(A.dtype).eps
 
 
 def _check(A: LinearOperator, num_matvecs: int) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -173,7 +174,7 @@ def test_a_histogram_adds_up_and_agrees_with_the_spectrum() -> None:
 
 
 def test_masses_of_a_few_atoms_are_the_random_weights_exactly() -> None:
-    """Three distinct eigenvalues: the basis closes after three steps, and an eigenvalue at x is not below x."""
+    """Three distinct eigenvalues: the basis closes after three steps; at x, half is below x unless nothing else is."""
     spectrum = torch.tensor([0.0] * 270 + [1.0] * 20 + [-2.0] * 10)
     for dtype in (torch.float32, torch.float64):
         A = Counting(Matrix(symmetric(spectrum).to(dtype)))
@@ -182,9 +183,13 @@ def test_masses_of_a_few_atoms_are_the_random_weights_exactly() -> None:
         assert density.status is Status.CONVERGED
         weights = density.weights.mean(0)
         negative = weights[density.nodes[0] < -1].sum().item()
-        for x, mass in ((-2.5, 0.0), (-2.0, 0.0), (-1.0, negative), (0.0, negative), (2.0, 1.0)):
+        zero = weights[density.nodes[0].abs() < 1e-3].sum().item()
+        for x, mass in ((-2.5, 0.0), (-2.0, 0.0), (-1.0, negative), (0.0, negative + zero / 2), (2.0, 1.0)):
             assert density.mass_below(x).value == pytest.approx(mass, abs=1e-5)
         assert abs(density.mass_below(-1.0).value - 1 / 30) < 3 * density.mass_below(-1.0).error < 0.1
+        assert density.mass_below(-2.5).error == density.mass_below(2.0).error == 0
+        assert density.mass_below(-2.0).error == pytest.approx(negative / math.sqrt(3))
+        assert density.mass_below(0.0).error == pytest.approx(zero / math.sqrt(12), rel=0.02)
         assert density.quantile(0.5).value == pytest.approx(0.0, abs=1e-3)
         assert density.quantile(0.99).value == pytest.approx(1.0, abs=1e-3)
 
@@ -209,7 +214,8 @@ def test_where_n_products_are_enough_the_spectrum_is_exact(name: str, generator:
         mean, below, median = density.moment(1), density.mass_below(0.31), density.quantile(0.25)
         assert mean.value == pytest.approx(spectrum.mean().item(), abs=1e-10 * spectrum.abs().max().item())
         assert below.value == pytest.approx(_share_below(spectrum, 0.31))
-        assert mean.error == below.error == 0
+        assert 0 < mean.error < 1e-14 * spectrum.abs().max().item()
+        assert below.error == 0
         assert median.error < 1e-8 * spectrum.abs().max().item()
         quarter = spectrum.sort().values[math.ceil(len(spectrum) / 4) - 1].item()
         assert median.value == pytest.approx(quarter, abs=1e-8 * spectrum.abs().max().item())
@@ -227,7 +233,7 @@ def test_the_mass_below_a_point_lies_between_the_bounds_whatever_the_steps() -> 
         density = spectral_density(
             Diagonal(eigenvalues), num_steps=num_steps, num_probes=1, generator=torch.Generator().manual_seed(0)
         )
-        low, open_ = (b[0] for b in mass_bounds(density.diagonals, density.couplings, points, rounding=1e-12))
+        low, open_, _ = (b[0] for b in mass_bounds(density.diagonals, density.couplings, points, rounding=1e-12))
         assert (low <= truth + 1e-9).all()
         assert (truth <= low + open_ + 1e-9).all()
         widths.append(open_)
@@ -295,5 +301,142 @@ def test_beside_all_nonzero_eigenvalues_there_is_nothing_but_rounding(dtype: tor
     density = spectral_density(A, generator=generator, eigenpairs=known)
     assert density.status is Status.CONVERGED
     assert density.moment(1).value == pytest.approx(B.square().sum().item() / 160 / 160, rel=1e-5)
-    assert density.mass_below(-2 * density.rounding).value == 0.0
-    assert density.mass_below(2 * density.rounding).value == pytest.approx(132 / 160)
+    for x, value, error in (
+        (-2 * density.rounding, 0.0, 0.0),
+        (0.0, 0.0, 132 / 160 / math.sqrt(3)),  # nothing is below, and 0 within rounding may be
+        (2 * density.rounding, 132 / 160, None),
+    ):
+        found = density.mass_below(x)
+        assert found.value == pytest.approx(value, abs=1e-12)
+        assert error is None or found.error == pytest.approx(error, abs=1e-12)
+
+
+_TINY_BESIDE_LARGE = {
+    "both signs": torch.cat([torch.tensor([100.0, 50.0, 20.0]), 1e-4 * torch.linspace(-1.0, 1.0, 147)]),
+    "mostly positive": torch.cat([torch.tensor([1e3]), torch.full((30,), -1e-3), torch.full((119,), 1e-3)]),
+    "one resolved": torch.cat([torch.tensor([100.0, -50.0]), torch.full((148,), -1e-4)]),
+    "zero": torch.cat([torch.tensor([3.0]), torch.zeros(149)]),
+    "negative or zero": torch.cat([torch.tensor([-3.0]), torch.zeros(149)]),
+    "nothing": torch.zeros(150),
+}
+
+
+@pytest.mark.parametrize("num_steps", [30, 50])  # 3 x 50 are n: all eigenvalues
+@pytest.mark.parametrize("name", _TINY_BESIDE_LARGE)
+def test_eigenvalues_within_rounding_of_a_point_may_be_on_either_side(name: str, num_steps: int) -> None:
+    """Runs close within rounding of ‖A‖, which does not mean that they know the signs of what is smaller."""
+    spectrum = _TINY_BESIDE_LARGE[name]
+    A = Matrix(symmetric(spectrum).float())
+    unsure = (spectrum.abs() < 0.01).double().mean().item()
+    below = _share_below(spectrum, -0.01)
+    for seed in range(5):
+        density = spectral_density(A, num_steps=num_steps, generator=torch.Generator().manual_seed(seed))
+        found = density.mass_below(0.0)
+        assert abs(found.value - _share_below(spectrum, 0.0)) <= 2 * found.error
+        part = 0.5 if below else 0.0
+        assert found.value == pytest.approx(below + part * unsure, abs=0.03)
+        assert found.error == pytest.approx(unsure / math.sqrt(12 if below else 3), rel=0.03)
+        for x in (-0.01, 0.01):
+            assert density.mass_below(x).value == pytest.approx(_share_below(spectrum, x), abs=0.03)
+            assert density.mass_below(x).error < 0.02
+
+
+@pytest.mark.parametrize("num_steps", [30, 134])
+def test_a_positive_semi_definite_matrix_has_no_negative_mass(num_steps: int) -> None:
+    """Of full rank or not: zeros are not counted, and an error says how many of them there may be."""
+    for zeros in (0, 40, 350):
+        spectrum = torch.cat([torch.zeros(zeros), torch.rand(400 - zeros, generator=torch.Generator().manual_seed(0))])
+        for dtype in (torch.float32, torch.float64):
+            density = spectral_density(
+                Matrix(symmetric(spectrum).to(dtype)), num_steps=num_steps, generator=torch.Generator().manual_seed(0)
+            )
+            found = density.mass_below(0.0)
+            assert found.value == 0
+            assert found.error >= 0.9 * zeros / 400 / math.sqrt(3)
+            assert found.error <= (zeros / 400 + 0.1) / math.sqrt(3)
+
+
+def test_no_share_within_the_bounds_is_more_than_two_errors_from_the_value(densities: list[Density]) -> None:
+    for density in densities[:5]:
+        for x in (-0.1, -0.01, -1e-3, 0.0, 1e-3, 0.05, 0.5, 1.5):
+            low, open_, _ = (b.mean().item() for b in mass_bounds(
+                density.diagonals, density.couplings, torch.tensor([x], dtype=torch.float64), rounding=density.rounding
+            ))  # fmt: skip
+            found = density.mass_below(x)
+            assert low - 1e-12 <= found.value <= low + open_ + 1e-12
+            assert max(found.value - low, low + open_ - found.value) <= 2 * found.error + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unit", [2.0**-17, 2.0**17])
+@pytest.mark.parametrize("name", ["indefinite", "rank deficient", "spread"])
+def test_masses_have_no_unit_and_moments_have_that_of_the_matrix(name: str, unit: float, dtype: torch.dtype) -> None:
+    spectrum = torch.randn(150, generator=torch.Generator().manual_seed(0)) if name == "spread" else SPECTRA[name]
+    spectrum = spectrum.double().repeat_interleave(2)
+    found = [
+        spectral_density(
+            Matrix((c * symmetric(spectrum)).to(dtype)), num_steps=20, generator=torch.Generator().manual_seed(0)
+        )
+        for c in (1.0, unit)
+    ]
+    accuracy = 1e-12  # a power of two is no rounding
+    one, other = found
+    largest = spectrum.abs().max().item()
+    assert other.rounding == pytest.approx(unit * one.rounding, rel=accuracy)
+    torch.testing.assert_close(other.nodes.amax(1) / unit, one.nodes.amax(1), rtol=accuracy, atol=accuracy)
+    for x in (-1.1, -0.05, 0.05, 0.31, 0.9):
+        for first, second in zip(
+            *(dataclasses.astuple(d.mass_below(c * x)) for c, d in zip((1.0, unit), found, strict=True)), strict=True
+        ):
+            assert second == pytest.approx(first, abs=accuracy)
+    for k in (1, 2, 3):
+        first, second = one.moment(k), other.moment(k)
+        assert second.value / unit**k == pytest.approx(first.value, abs=accuracy * largest**k)
+        assert second.error / unit**k == pytest.approx(first.error, abs=accuracy * largest**k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_steps", [20, 50])
+def test_the_variance_and_the_errors_do_not_depend_on_the_mean(num_steps: int, dtype: torch.dtype) -> None:
+    """A spread of 1e-3 beside 1, and in double precision one of 1e-7: rounding is in the error, and nothing else is."""
+    for spread in (1e-3,) if dtype == torch.float32 else (1e-3, 1e-7):
+        spectrum = torch.randn(150, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        A = symmetric(spectrum)
+        around, shifted = (
+            spectral_density(
+                Matrix((c * torch.eye(150, dtype=torch.float64) + s * A).to(dtype)),
+                num_steps=num_steps, generator=torch.Generator().manual_seed(0),
+            )
+            for c, s in ((0.0, 1.0), (1.0, spread))
+        )  # fmt: skip
+        eps, truth = torch.finfo(dtype).eps, spectrum.var(correction=0).item() * spread**2
+        for found, reference, power in (
+            (shifted.moment(1), around.moment(1), 1), (shifted.variance(), around.variance(), 2),
+        ):  # fmt: skip
+            rounding = 10 * eps * spread ** (power - 1)
+            assert found.error <= reference.error * spread**power * 1.2 + rounding
+        assert abs(shifted.moment(1).value - 1 - spread * spectrum.mean().item()) <= 2 * shifted.moment(1).error
+        assert abs(shifted.variance().value - truth) <= 3 * shifted.variance().error
+        assert shifted.variance().value == pytest.approx(
+            spread**2 * around.variance().value, rel=1e-3, abs=20 * eps * spread
+        )
+
+
+@pytest.mark.parametrize("num_steps", [20, 50])
+def test_moments_of_what_cancels_are_known_to_rounding(num_steps: int) -> None:
+    """±1e6 in single precision: their rounding is larger than the mean of all other eigenvalues."""
+    spectrum = torch.cat([torch.tensor([1e6, -1e6]), torch.full((148,), 1e-3)])
+    A = symmetric(spectrum).float()
+    truth = A.double().trace().item() / 150
+    for seed in range(20):
+        pairs = eigsh(Matrix(A), 2, which="BE", rtol=1e-6, generator=torch.Generator().manual_seed(seed))
+        mean = spectral_density(
+            Matrix(A), num_steps=num_steps, generator=torch.Generator().manual_seed(seed), eigenpairs=pairs
+        ).moment(1)
+        assert abs(mean.value - truth) <= 2 * mean.error
+        assert mean.error < 1.0
+
+
+def test_masses_of_all_eigenvalues_are_not_rounded_to_single_precision(generator: torch.Generator) -> None:
+    spectrum = torch.cat([torch.full((30,), -1.0), torch.ones(60)])
+    assert spectral_density(Matrix(symmetric(spectrum)), generator=generator).mass_below(0.0).value == 1 / 3

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from spectral_callbacks.linalg import Matrix
-from spectral_callbacks.linalg.subspace import Complement, dimension, orthonormalize, rademacher, whole_space
+from spectral_callbacks.linalg.subspace import (
+    Complement,
+    Normalized,
+    dimension,
+    orthonormalize,
+    rademacher,
+    whole_space,
+)
 from tests.problems import SPECTRA, Diagonal, Scaled, symmetric
 
 SCALE = torch.linspace(1.0, 4.0, 65, dtype=torch.float64)  # the first is 1: one row, one unit of dimension
@@ -50,6 +59,25 @@ def test_a_complement_is_the_operator_between_projections(generator: torch.Gener
     X = orthonormalize(Matrix(A), torch.randn(len(A), 3, dtype=torch.float64, generator=generator))[0]
     P = torch.eye(len(A), dtype=torch.float64) - X @ X.mT
     torch.testing.assert_close(Complement(Matrix(A), X).to_dense(), P @ A @ P)
+
+
+@pytest.mark.parametrize("exponent", [-100, 0, 100])
+def test_a_normalized_operator_is_the_same_in_any_unit(exponent: int, generator: torch.Generator) -> None:
+    A = symmetric(SPECTRA["graded"]).float()
+    X = torch.randn(len(A), 3, generator=generator)
+    for operator in (Matrix(2.0**exponent * A), Scaled(2.0**exponent * A, SCALE[:60].float())):
+        normalized = Normalized(operator)
+        first, second = normalized.matmat(X), normalized.matmat(2 * X)
+        assert math.log2(normalized.unit).is_integer()
+        assert 1e-3 < operator.gram(first, first).trace() < 1e3
+        assert torch.equal(second, 2 * first)
+        assert torch.equal(first * normalized.unit, operator.matmat(X))
+
+
+def test_zero_is_its_own_normalization(generator: torch.Generator) -> None:
+    normalized = Normalized(Diagonal(torch.zeros(5)))
+    assert not normalized.matmat(torch.randn(5, 2, generator=generator)).any()
+    assert normalized.unit == 1.0
 
 
 def test_signs_are_balanced_and_independent(generator: torch.Generator) -> None:
