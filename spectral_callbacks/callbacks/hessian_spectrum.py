@@ -38,15 +38,14 @@ class HessianSpectrum(SpectralCallback):
     ..., `hessian/lambda_min_residual` of each. `hessian/density`, the distribution of all eigenvalues by stochastic
     Lanczos quadrature: a histogram on a signed logarithmic axis, and under `hessian/density_points` a tensor of
     eigenvalues and weights. `hessian/mean` of the eigenvalues and `hessian/mean_error`; `hessian/negative_mass`, the
-    share of eigenvalues below zero: of those too near zero for the quadrature to tell, exact zeros among them, about one
-    half counts, or none where nothing else is negative, and `hessian/negative_mass_error` allows for it.
-    `hessian/num_outliers`, how many of the largest stand clear
-    of the bulk, `hessian/bulk_edge`, where it ends, and `hessian/outlier_gap`, what the count rests on: at 5 an
-    eigenvalue begins to count, 10 is beyond doubt (see `spectral_callbacks.metrics.outliers`).
-    `hessian/condition_number`, the largest eigenvalue over the smallest one in the quadrature above
-    `hessian/condition_cutoff` (a full Hessian is singular, so without a cut-off there is none). `hessian/num_matvecs`,
-    all products; `hessian/status` (0 converged, 1 budget spent, 2 breakdown or a failure that was reported, 3 not
-    finite), that of the worst search.
+    share of eigenvalues below zero: of those too near zero for the quadrature to tell, exact zeros among them, about
+    one half counts, or none where nothing else is negative, and `hessian/negative_mass_error` allows for it.
+    `hessian/num_outliers`, how many of the largest stand clear of the bulk, `hessian/bulk_edge`, where it ends, and
+    `hessian/outlier_gap`, what the count rests on: at 5 an eigenvalue begins to count, 10 is beyond doubt (see
+    `spectral_callbacks.metrics.outliers`). `hessian/condition_number`, the largest eigenvalue over the smallest one in
+    the quadrature above `hessian/condition_cutoff` (a full Hessian is singular, so without a cut-off there is none).
+    `hessian/num_matvecs`, all products; `hessian/status` (0 converged, 1 budget spent, 2 breakdown or a failure that
+    was reported, 3 not finite), that of the worst search.
 
     With `outputs=`: `hessian/residual_ratio` = ‖H - G‖ / ‖H‖ in the Frobenius norm and `hessian/residual_ratio_error`,
     from 10 random vectors that both matrices are multiplied with (so few that the truth is within two errors in 83 to
