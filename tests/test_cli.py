@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 CONFIGS = sorted(config_folder().glob("*.yaml"))
 SWEEPS = [config for config in CONFIGS if "sweep" in yaml.safe_load(config.read_text())]
-at_initialization = pytest.mark.filterwarnings("ignore:.*left out wherever no bulk ends")  # before training there is none
+at_initialization = pytest.mark.filterwarnings("ignore:.*left out wherever no bulk ends")  # there is none yet
 CSV = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}"
 TINY = """
 model: {class_path: tests.test_cli.Line}

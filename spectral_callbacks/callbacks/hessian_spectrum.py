@@ -125,10 +125,10 @@ class HessianSpectrum(SpectralCallback):
         self._rtol = rtol
         # A budget below the number asked for finds as many as it can pay, and the status says so.
         self._num_searched = min(num_eigenvalues, max(max_matvecs, 1))
-        options: dict[str, Any] = {"rtol": rtol, "max_matvecs": max_matvecs, "look_every": self.looks_every}
-        self._top = Tracker(self._num_searched, **options)
-        self._bottom = Tracker(which="SA", **options)
-        self._top_of_gauss_newton = Tracker(self._num_searched, **options)
+        search: dict[str, Any] = {"rtol": rtol, "max_matvecs": max_matvecs, "look_every": self.looks_every}
+        self._top = Tracker(self._num_searched, **search)
+        self._bottom = Tracker(which="SA", **search)
+        self._top_of_gauss_newton = Tracker(self._num_searched, **search)
         self._attempt = Attempts(self.say)
         self.charts = _charts(self._num_searched, with_ratio=self.outputs is not None)
 

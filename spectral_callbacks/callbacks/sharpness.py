@@ -83,10 +83,10 @@ class Sharpness(SpectralCallback):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        options: dict[str, Any] = {"rtol": rtol, "max_matvecs": max_matvecs, "look_every": self.looks_every}
-        self._top = Tracker(num_eigenvalues, **options)
-        self._bottom = Tracker(1, which="SA", **options) if lambda_min else None
-        self._metric = Tracker(1, **options)
+        search: dict[str, Any] = {"rtol": rtol, "max_matvecs": max_matvecs, "look_every": self.looks_every}
+        self._top = Tracker(num_eigenvalues, **search)
+        self._bottom = Tracker(1, which="SA", **search) if lambda_min else None
+        self._metric = Tracker(1, **search)
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw the chart of the preconditioned edge only where there is one."""
