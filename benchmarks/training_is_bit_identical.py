@@ -147,7 +147,6 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", module="torch")
-    warnings.filterwarnings("ignore", message=r"Sharpness\('sharpness'\): no stability rule")
     settings: dict[str, dict[str, Any]] = {
         "float32": {},
         "bf16-mixed": {"precision": "bf16-mixed"},

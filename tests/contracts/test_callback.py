@@ -226,7 +226,6 @@ DEMOS: dict[str, tuple[Callable[[], pl.LightningModule], Callable[[], Any], dict
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*no stability rule is known:UserWarning")
 @pytest.mark.parametrize("demo", DEMOS)
 def test_training_is_bit_identical_on_the_models_of_lightnings_demos(tmp_path: Path, make: Make, demo: str) -> None:
     make_module, make_data, options = DEMOS[demo]
