@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from spectral_callbacks.linalg import LinearOperator
-from spectral_callbacks.linalg.trace import trace
+from spectral_callbacks.linalg import trace
 from spectral_callbacks.metrics import condition_number, unfitted_modes
 from spectral_callbacks.operators import GaussNewton
 from spectral_callbacks.probe import Probe, named_module, plain_name, tensors_of
@@ -117,37 +116,12 @@ def output_scale(gauss_newton: GaussNewton, generator: torch.Generator) -> float
 
     A squared loss ½ (f - y)², averaged over N samples, has 1/N, exactly; others to about 1/√(10 · entries).
     """
-    A = CurvatureInOutputs(gauss_newton)
-    draws = [trace(A, num_matvecs=1, method="hutchinson", generator=generator) for _ in range(_CURVATURE_PROBES)]
-    return sum(draw.value for draw in draws) / len(draws) / A.shape[0]
-
-
-class CurvatureInOutputs(LinearOperator):
-    """Second derivative of the loss by the outputs of all batches, (m, m): no product takes a pass of the network.
-
-    Args:
-        gauss_newton: Whose outputs they are.
-    """
-
-    def __init__(self, gauss_newton: GaussNewton) -> None:
-        self._gauss_newton = gauss_newton
-        size = sum(shape.numel() for shapes in gauss_newton.output_shapes for shape in shapes)
-        self.shape = (size, size)
-        self.dtype = torch.promote_types(gauss_newton.dtype, torch.float32)
-        self.device = gauss_newton.device
-
-    def matmat(self, X: Tensor) -> Tensor:
-        """Return the products with the k columns of X."""
-        if not X.shape[1]:
-            return X.clone()
-        return torch.stack([self._product(x) for x in X.unbind(dim=1)], dim=1)
-
-    def _product(self, x: Tensor) -> Tensor:
-        G = self._gauss_newton
-        parts = iter(x.split([shape.numel() for shapes in G.output_shapes for shape in shapes]))
-        w = [[next(parts).view(shape) for shape in shapes] for shapes in G.output_shapes]
-        products = zip(G.weights, G.output_curvature(w), strict=True)
-        return torch.cat([weight * y.reshape(-1).to(x) for weight, Aw in products for y in Aw])
+    total, count = 0.0, 0
+    for weight, A in zip(gauss_newton.weights, gauss_newton.output_curvatures(), strict=True):
+        draws = [trace(A, num_matvecs=1, method="hutchinson", generator=generator) for _ in range(_CURVATURE_PROBES)]
+        total += weight * sum(draw.value for draw in draws) / len(draws)
+        count += A.shape[0]
+    return total / count
 
 
 def _inputs(probe: Probe, name: str | None, batch: Any, seed: int) -> tuple[nn.Module | None, list[Tensor]]:

@@ -12,7 +12,7 @@ from spectral_callbacks.callbacks.attempts import Attempts
 from spectral_callbacks.callbacks.base import SpectralCallback
 from spectral_callbacks.callbacks.features import spectrum_of_features, unfitted_share
 from spectral_callbacks.callbacks.findings import Findings
-from spectral_callbacks.callbacks.reading import Reading, Spectrum
+from spectral_callbacks.callbacks.reading import Reading, Spectrum, check_axis
 from spectral_callbacks.linalg import Density, Eigenpairs, LinearOperator, Status, Tracker, spectral_density
 from spectral_callbacks.linalg.quadrature import check_quadrature
 from spectral_callbacks.metrics import condition_number, outliers
@@ -114,8 +114,7 @@ class HessianSpectrum(SpectralCallback):
         check_quadrature(num_steps, num_probes)
         if not 0 < cutoff < 1:
             raise ValueError(f"cutoff={cutoff} must lie between 0 and 1, for example 1e-3.")
-        if not linear_below > 0:
-            raise ValueError(f"linear_below={linear_below} must be a positive eigenvalue, for example 1e-3.")
+        check_axis(linear_below)
         self._num_eigenvalues = num_eigenvalues
         self._num_steps, self._num_probes = num_steps, num_probes
         self._gauss_newton = gauss_newton

@@ -46,8 +46,7 @@ class Spectrum:
             )
         if not self.values.isfinite().all() or not self.weights.isfinite().all():
             raise ValueError("a spectrum holds numbers that are not finite; leave it out of what is returned.")
-        if not self.linear_below > 0:
-            raise ValueError(f"linear_below={self.linear_below} must be a positive eigenvalue, for example 1e-3.")
+        check_axis(self.linear_below)
 
     def histogram(self) -> tuple[Tensor, Tensor]:  # (b + 1,), (b,)
         """Return the edges of the bins on the signed logarithmic axis, and their heights."""
@@ -64,6 +63,16 @@ class Spectrum:
     def points(self) -> Tensor:  # (m, 2)
         """Return eigenvalues and weights side by side, unrounded."""
         return torch.stack([self.values, self.weights], dim=1).detach().cpu()
+
+
+def check_axis(linear_below: float) -> None:
+    """Raise unless the axis has a linear part.
+
+    Raises:
+        ValueError: Naming the number.
+    """
+    if not linear_below > 0:
+        raise ValueError(f"linear_below={linear_below} must be a positive eigenvalue, for example 1e-3.")
 
 
 Reading = float | Spectrum

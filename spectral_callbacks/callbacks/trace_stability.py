@@ -17,9 +17,9 @@ from spectral_callbacks.callbacks.findings import Findings
 from spectral_callbacks.callbacks.reading import Reading
 from spectral_callbacks.callbacks.sample_conditions import sample_conditions
 from spectral_callbacks.callbacks.sampling import Sampling, sampling_of
-from spectral_callbacks.callbacks.watched import Watched
 from spectral_callbacks.linalg import Estimate, LinearOperator, Status, Tracker, frobenius_norm
 from spectral_callbacks.linalg.trace import trace
+from spectral_callbacks.linalg.watched import Watched
 from spectral_callbacks.metrics import noise_fraction
 from spectral_callbacks.operators import Hessian
 from spectral_callbacks.probe import Probe

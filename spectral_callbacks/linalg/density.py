@@ -12,10 +12,9 @@ from torch import Tensor
 from spectral_callbacks.linalg.krylov import Krylov
 from spectral_callbacks.linalg.operator import LinearOperator
 from spectral_callbacks.linalg.quadrature import check_quadrature, lanczos, mass_bounds, rounding_of, tridiagonal
-from spectral_callbacks.linalg.result import Eigenpairs, Estimate, Status
+from spectral_callbacks.linalg.result import MAX_ASYMMETRY, Eigenpairs, Estimate, Status
 from spectral_callbacks.linalg.subspace import Complement, dimension, whole_space
 
-_MAX_ASYMMETRY = 0.05  # as in eigsh
 _NOTHING = 1e-12  # of a mass
 _CONVERGED = 0.05  # residual, relative to the node, of a node that is an eigenvalue
 _ROUNDING_OF_SUM = 0.08  # of `rounding`: 4 rounding errors of ‖A‖, as in trace
@@ -290,11 +289,11 @@ def _exact(A: LinearOperator, n: int, generator: torch.Generator, num_probes: in
         known = torch.linalg.eigvalsh((B + B.mT) / 2)
         norm = known.abs().max().item()
         skew = (B - B.mT).abs().max().item()
-        status = Status.BREAKDOWN if skew > _MAX_ASYMMETRY * size else Status.CONVERGED
+        status = Status.BREAKDOWN if skew > MAX_ASYMMETRY * size else Status.CONVERGED
     return Density(nothing, nothing, known, n, rounding_of(A) * norm, status, Q.shape[1])
 
 
 def _status(krylov: Krylov, size: float) -> Status:
     if not krylov.finite:
         return Status.NONFINITE
-    return Status.BREAKDOWN if krylov.asymmetry * krylov.norm > _MAX_ASYMMETRY * size else Status.CONVERGED
+    return Status.BREAKDOWN if krylov.asymmetry * krylov.norm > MAX_ASYMMETRY * size else Status.CONVERGED

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectral_callbacks.linalg.krylov import Krylov
 from spectral_callbacks.linalg.operator import LinearOperator
-from spectral_callbacks.linalg.result import Eigenpairs, Status
+from spectral_callbacks.linalg.result import MAX_ASYMMETRY, Eigenpairs, Status
 
 Which = Literal["LA", "SA", "BE"]
 
@@ -19,7 +19,6 @@ _NEXT = 0.05  # residual, relative to the wanted ones, at which the eigenpairs n
 _NEXT_LOOSENESS = 15.0  # ... or so many times rtol, where that is more
 _LOOK = 3  # products from a fresh random vector before the rest of the space counts as seen
 _MAX_BASIS = 80  # columns; beyond, the basis is compressed to its best half
-_MAX_ASYMMETRY = 0.05  # of the projected operator, beyond any rounding, in bfloat16 too
 
 
 def eigsh(
@@ -161,7 +160,7 @@ class Search:
             elif not self._follow(follow):
                 status = Status.BREAKDOWN
                 break
-        if status is not Status.NONFINITE and krylov.asymmetry > _MAX_ASYMMETRY:
+        if status is not Status.NONFINITE and krylov.asymmetry > MAX_ASYMMETRY:
             status = Status.BREAKDOWN
         return self._pairs(status)
 

@@ -38,6 +38,9 @@ _REMEDIES = {
 }
 
 
+MAX_ASYMMETRY = 0.05  # of products that count as those of a symmetric matrix: beyond any rounding, in bfloat16 too
+
+
 @dataclasses.dataclass(frozen=True)
 class Eigenpairs:
     """Eigenpairs of a symmetric operator, each with its residual.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spectral_callbacks.linalg import Estimate, LinearOperator
+from spectral_callbacks.linalg.subspace import gaussian
 
 
 def residual_ratio(
@@ -45,7 +46,7 @@ def residual_ratio(
     """
     if num_vectors < 2:
         raise ValueError(f"num_vectors={num_vectors} must be at least 2, for an error; 10 is a good start.")
-    V = torch.randn(H.shape[0], num_vectors, generator=generator, dtype=H.dtype, device=H.device)
+    V = gaussian(H, num_vectors, generator)
     GV = G.matmat(V)  # first, because it may refuse
     HV = H.matmat(V)
     residual, whole = _squares(H, HV - GV), _squares(H, HV)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -111,6 +111,10 @@ class GaussNewton(LinearOperator):
     def output_curvature(self, w: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], ...]:
         """Return A_b w_b for each batch, without its weight: shapes as `jvp` returns them."""
         return tuple(graph.curvature(x) for graph, x in zip(self._objective.graphs(), w, strict=True))
+
+    def output_curvatures(self) -> Iterator[OutputCurvature]:
+        """Yield A_b of each batch as an operator, without its weight: products with it take no pass of the network."""
+        return map(OutputCurvature, self._objective.graphs())
 
     def _check_convexity(self, graph: OutputGraph) -> float:
         """Return the largest magnitude of a curvature that was seen."""

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetR
 
 from spectral_callbacks.callbacks.sampling import Sampling, sampling_of
 from spectral_callbacks.callbacks.trace_stability import TraceStability
-from spectral_callbacks.callbacks.watched import Watched
 from spectral_callbacks.demo.regression import RegressionDataModule, Regressor
 from spectral_callbacks.linalg import Matrix, Status
+from spectral_callbacks.linalg.watched import Watched
 from tests.callbacks import runs
 from tests.callbacks.runs import Regression, complaints, fit, make_trainer, sgd
 from tests.contracts.networks import Everything, images

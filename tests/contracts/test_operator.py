@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import spectral_callbacks
-from spectral_callbacks.callbacks.features import CurvatureInOutputs
-from spectral_callbacks.callbacks.watched import Watched
 from spectral_callbacks.linalg import DiagonalCongruence, LinearOperator, Matrix
 from spectral_callbacks.linalg.subspace import Complement, Normalized
+from spectral_callbacks.linalg.watched import Watched
 from spectral_callbacks.operators import (
     Cut,
     GaussNewton,
@@ -89,7 +88,8 @@ def _curvature_at_layer(dtype: torch.dtype) -> Case:
         leaf = outputs.detach().requires_grad_()
         return Cut((outputs,), (leaf,), leaf.flatten() @ (B.to(dtype) @ leaf.flatten()) / 2)
 
-    return Case(CurvatureInOutputs(GaussNewton(OutputObjective(ParameterSpace(module), [cut]))), B)
+    [curvature] = GaussNewton(OutputObjective(ParameterSpace(module), [cut])).output_curvatures()
+    return Case(curvature, B)
 
 
 def _hessian(dtype: torch.dtype, *, keep_graphs: bool = True) -> Case:
@@ -153,7 +153,7 @@ OPERATORS: dict[str, tuple[type[LinearOperator], Callable[[torch.dtype], Case]]]
     "Complement": (Complement, _complement),
     "Normalized": (Normalized, _normalized),
     "Watched": (Watched, _watched),
-    "CurvatureInOutputs": (CurvatureInOutputs, _curvature_at_layer),
+    "OutputCurvature, of a Gauss-Newton matrix": (OutputCurvature, _curvature_at_layer),
     "Hessian": (Hessian, _hessian),
     "Hessian, graphs not kept": (Hessian, lambda dtype: _hessian(dtype, keep_graphs=False)),
     "GaussNewton": (GaussNewton, _gauss_newton),

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from spectral_callbacks.linalg import LinearOperator, Status
-
-_MAX_ASYMMETRY = 0.05  # as in eigsh
+from spectral_callbacks.linalg.operator import LinearOperator
+from spectral_callbacks.linalg.result import MAX_ASYMMETRY, Status
 
 
 class Watched(LinearOperator):
@@ -49,7 +48,7 @@ class Watched(LinearOperator):
         defect = (cross - cross.mT).norm()
         if not (size + defect).isfinite():
             self.status = max(self.status, Status.NONFINITE)
-        elif defect > _MAX_ASYMMETRY * size:
+        elif defect > MAX_ASYMMETRY * size:
             self.status = max(self.status, Status.BREAKDOWN)
         return Y
 
