@@ -1,7 +1,19 @@
 """Pure functions from tensors to numbers."""
 
+from spectral_callbacks.metrics.class_covariance import ClassCovariance as ClassCovariance
+from spectral_callbacks.metrics.class_covariance import class_covariance as class_covariance
 from spectral_callbacks.metrics.conditioning import condition_number as condition_number
 from spectral_callbacks.metrics.conditioning import unfitted_modes as unfitted_modes
+from spectral_callbacks.metrics.covariance_spectrum import covariance_eigenvectors as covariance_eigenvectors
+from spectral_callbacks.metrics.covariance_spectrum import covariance_lambda_max as covariance_lambda_max
+from spectral_callbacks.metrics.covariance_spectrum import covariance_spectrum as covariance_spectrum
+from spectral_callbacks.metrics.covariance_spectrum import effective_rank as effective_rank
+from spectral_callbacks.metrics.covariance_spectrum import held_out_lambda_max as held_out_lambda_max
+from spectral_callbacks.metrics.covariance_spectrum import participation_ratio as participation_ratio
+from spectral_callbacks.metrics.gradient_noise import GradientMoments as GradientMoments
+from spectral_callbacks.metrics.gradient_noise import NoiseScale as NoiseScale
+from spectral_callbacks.metrics.gradient_noise import gradient_norm as gradient_norm
+from spectral_callbacks.metrics.gradient_noise import mean_pairwise_cosine as mean_pairwise_cosine
 from spectral_callbacks.metrics.jackknife import jackknife as jackknife
 from spectral_callbacks.metrics.noise_alignment import alignment as alignment
 from spectral_callbacks.metrics.outliers import Outliers as Outliers
@@ -10,3 +22,9 @@ from spectral_callbacks.metrics.sgd_stability import SampleHessians as SampleHes
 from spectral_callbacks.metrics.sgd_stability import directional_condition as directional_condition
 from spectral_callbacks.metrics.sgd_stability import noise_fraction as noise_fraction
 from spectral_callbacks.metrics.sgd_stability import sgd_threshold as sgd_threshold
+from spectral_callbacks.metrics.subspaces import SubspaceOverlap as SubspaceOverlap
+from spectral_callbacks.metrics.subspaces import covariance_overlap as covariance_overlap
+from spectral_callbacks.metrics.subspaces import noise_curvature_alignment as noise_curvature_alignment
+from spectral_callbacks.metrics.subspaces import noise_weights as noise_weights
+from spectral_callbacks.metrics.subspaces import subspace_overlap as subspace_overlap
+from spectral_callbacks.metrics.subspaces import top_subspace_share as top_subspace_share

@@ -1,9 +1,13 @@
 """A network and a batch, seen as linear operators on parameter space."""
 
+from spectral_callbacks.operators.empirical_fisher import EmpiricalFisher as EmpiricalFisher
+from spectral_callbacks.operators.empirical_fisher import GradientCovarianceOperator as GradientCovarianceOperator
+from spectral_callbacks.operators.factors import Rows as Rows
 from spectral_callbacks.operators.gauss_newton import GaussNewton as GaussNewton
 from spectral_callbacks.operators.gram import SampleCurvature as SampleCurvature
 from spectral_callbacks.operators.gram import gram as gram
 from spectral_callbacks.operators.gram import sample_curvature as sample_curvature
+from spectral_callbacks.operators.gram_ride import GramRide as GramRide
 from spectral_callbacks.operators.graphs import BatchGraphs as BatchGraphs
 from spectral_callbacks.operators.graphs import scalar as scalar
 from spectral_callbacks.operators.hessian import Hessian as Hessian
@@ -13,7 +17,18 @@ from spectral_callbacks.operators.outputs import Cut as Cut
 from spectral_callbacks.operators.outputs import OutputGraph as OutputGraph
 from spectral_callbacks.operators.outputs import OutputObjective as OutputObjective
 from spectral_callbacks.operators.parameters import ParameterSpace as ParameterSpace
+from spectral_callbacks.operators.sample_gradients import Factors as Factors
+from spectral_callbacks.operators.sample_gradients import SampleGradients as SampleGradients
+from spectral_callbacks.operators.sample_gradients import SampleGram as SampleGram
+from spectral_callbacks.operators.sample_gradients import SampleGramSum as SampleGramSum
 from spectral_callbacks.operators.samples import SampleBatch as SampleBatch
 from spectral_callbacks.operators.samples import SampleFunction as SampleFunction
 from spectral_callbacks.operators.samples import Samples as Samples
 from spectral_callbacks.operators.samples import samples_of as samples_of
+from spectral_callbacks.operators.structure import SampleStructure as SampleStructure
+from spectral_callbacks.operators.structure import StructureChangedError as StructureChangedError
+from spectral_callbacks.operators.structure import find_structure as find_structure
+from spectral_callbacks.operators.uses import find_uses as find_uses
+from spectral_callbacks.operators.watch import Consume as Consume
+from spectral_callbacks.operators.watch import FactorStream as FactorStream
+from spectral_callbacks.operators.watch import visit as visit

@@ -57,10 +57,13 @@ def gram(samples: Samples) -> Tensor:  # (N C, N C)
     return result
 
 
-def sample_curvature(samples: Samples) -> SampleCurvature:
-    """Return what `SampleCurvature` holds."""
+def sample_curvature(
+    samples: Samples,
+    rows: Tensor | None = None,  # (N C, N C)
+) -> SampleCurvature:
+    """Return what `SampleCurvature` holds, with the inner products of the Jacobian rows where they are known."""
     N, C = samples.num_samples, samples.num_outputs
-    rows = gram(samples)
+    rows = gram(samples) if rows is None else rows
     places = dict.fromkeys((chunk.batch, chunk.samples) for chunk in samples.chunks())
     losses, slopes, curvatures = zip(*(samples.scores(*place) for place in places), strict=True)
     return SampleCurvature(

@@ -78,6 +78,17 @@ class Samples(abc.ABC):
     def scores(self, batch: int, samples: range) -> tuple[Tensor, Tensor, Tensor]:
         """Return losses (m,), slopes (m, C) and curvatures (m, C, C)."""
 
+    def agree_with(self, gram: Tensor) -> bool:
+        """Return whether inner products of all rows, (N C, N C), are those of the first and the last row."""
+        first = torch.cat([r.flatten() for r in self.rows(Chunk(0, range(1), range(1)))])
+        *_, (batch, samples) = self.sample_chunks(1)
+        output = range(self.num_outputs - 1, self.num_outputs)
+        last = torch.cat([r.flatten() for r in self.rows(Chunk(batch, samples, output))])
+        rows = torch.stack([first, last])
+        found = gram[[0, -1]][:, [0, -1]]
+        margin = _MARGIN * math.sqrt(torch.finfo(rows.dtype).eps)
+        return bool(((rows @ rows.mT).cpu() - found).abs().max() <= margin * found.diagonal().max())
+
     def chunks(self) -> Iterator[Chunk]:
         """Yield all chunks, in the order of their rows."""
         limit = max(1, min(_ROWS_AT_ONCE, _CHUNK_BYTES // _row_bytes(self.space)))

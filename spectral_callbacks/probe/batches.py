@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,41 @@ def selected(batch: Any, indices: Tensor) -> Any:
     """
     check_samples(batch)
     return mapped(batch, lambda t: t.detach()[indices.to(t.device)] if t.ndim > 0 else t.detach().clone())
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Return the samples of several batches as one: their tensors one after the other, all else as in the first.
+
+    Raises:
+        ValueError: If their tensors do not fit together.
+
+    Example:
+        >>> import torch
+        >>> joined([{"x": torch.zeros(1, 2)}, {"x": torch.ones(1, 2)}])
+        {'x': tensor([[0., 0.],
+                [1., 1.]])}
+    """
+    if len(batches) == 1:
+        return batches[0]
+    if len({signature(batch) for batch in batches}) > 1:
+        raise ValueError(
+            "the batches hold tensors of different shapes, and samples are compared in one batch; pad them to one "
+            "shape, or pass num_batches=1."
+        )
+    lists = [list({id(t): t for t in tensors_of(batch)}.values()) for batch in batches]
+    whole = {id(same[0]): torch.cat(same) if same[0].ndim else same[0] for same in zip(*lists, strict=True)}
+    return mapped(batches[0], lambda t: whole[id(t)])
+
+
+def signature(batch: Any) -> tuple[Hashable, ...]:
+    """Return what batches of other samples have in common: the types and shapes of the tensors, their lengths apart.
+
+    Example:
+        >>> import torch
+        >>> signature([torch.zeros(8, 3), torch.tensor(1)])
+        ((torch.float32, (3,)), (torch.int64, None))
+    """
+    return tuple((t.dtype, tuple(t.shape[1:]) if t.ndim else None) for t in tensors_of(batch))
 
 
 def shares(

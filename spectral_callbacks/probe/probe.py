@@ -5,27 +5,27 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from spectral_callbacks.linalg import DiagonalCongruence, LinearOperator
+from spectral_callbacks.linalg import DiagonalCongruence, Eigenpairs, LinearOperator
 from spectral_callbacks.operators import (
-    Cut,
     GaussNewton,
     Objective,
-    OutputObjective,
     ParameterSpace,
     SampleCurvature,
-    gram,
-    sample_curvature,
+    SampleGradients,
+    SampleGram,
+    SampleStructure,
 )
 from spectral_callbacks.probe.batches import copied, num_samples
 from spectral_callbacks.probe.isolation import Isolation, Mode, undisturbed
-from spectral_callbacks.probe.outputs import NoOutputsError, cut
-from spectral_callbacks.probe.samples import SampledLoss, running_on
+from spectral_callbacks.probe.metric import in_metric
+from spectral_callbacks.probe.outputs import NoOutputsError
+from spectral_callbacks.probe.sampled_loss import SampledLoss
 from spectral_callbacks.stability import Edge, edges
 
 _T = TypeVar("_T")
@@ -48,6 +48,8 @@ class Probe:
         seed: Of the random numbers that the loss draws.
         outputs: Dotted name of the submodule whose outputs are the model's, for what needs more than a loss; "" is the
             module's own forward.
+        structures: What earlier probes of this run found out about the samples of its batches; what this one finds is
+            added.
 
     Example:
         >>> import torch
@@ -74,6 +76,7 @@ class Probe:
         mode: Mode = "train",
         seed: int = 0,
         outputs: str | None = None,
+        structures: MutableMapping[Any, SampleStructure] | None = None,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
@@ -85,6 +88,7 @@ class Probe:
         self._loss = loss
         self._mode: Mode = mode
         self._seed = seed
+        self._structures = {} if structures is None else structures
         self._shared: dict[Any, Any] = {}
         self._stack = contextlib.ExitStack()
 
@@ -132,23 +136,23 @@ class Probe:
     def preconditioned(self, kind: Callable[[Objective], LinearOperator]) -> DiagonalCongruence:  # (n, n)
         """Return the operator in the metric of the optimizer, where its edge of stability lies at eigenvalue 1.
 
-        With the preconditioner P and S = (P η / threshold)^½ this is S (A + weight decay) S + shift η / threshold, each
-        parameter with the edge of its own group; of -A under an optimizer that climbs.
+        See `in_metric`.
 
         Raises:
             NoThresholdError: If none is known for the optimizer, or none yet.
         """
-        edges = self.edges()
-        preconditioners = [
-            torch.ones_like(p) if edge.preconditioner is None else edge.preconditioner
-            for p, edge in zip(self.space.tensors, edges, strict=True)
-        ]
-        metric = self.space.flatten(preconditioners) * self.space.broadcast([edge.weight for edge in edges])
-        decay = self.space.broadcast([edge.weight_decay for edge in edges])
-        shift = self.space.broadcast([edge.weight * edge.shift for edge in edges])
-        return DiagonalCongruence(
-            self.operator(kind), scale=metric.sqrt(), shift=metric * decay + shift, negative=edges[0].ascends
-        )
+        return in_metric(self.operator(kind), self.space, self.edges())
+
+    @property
+    def eigenpairs(self) -> Eigenpairs | None:
+        """The largest eigenpairs of the Hessian that a diagnostic of this step shared; None if none did."""
+        return self._shared.get(Eigenpairs)
+
+    def share_eigenpairs(self, pairs: Eigenpairs) -> None:
+        """Let later diagnostics of this step know the largest eigenpairs of the Hessian; the longer list is kept."""
+        known = self.eigenpairs
+        if known is None or len(pairs.values) > len(known.values):
+            self._shared[Eigenpairs] = pairs
 
     def loss(self) -> float:
         """Return the loss over the batches, in the loss's unit."""
@@ -168,7 +172,8 @@ class Probe:
         Raises:
             NoOutputsError: If the probe was given no `outputs`.
         """
-        return self._share((GaussNewton, self._named_outputs()), self._build_gauss_newton)
+        name = self._named_outputs()
+        return self._share((GaussNewton, name), lambda: GaussNewton(self._sampled.through(name)))
 
     def subset(
         self,
@@ -186,42 +191,63 @@ class Probe:
         return self._sampled.subset(indices.cpu())
 
     def per_sample_gram(self, num_samples: int | None = 64) -> Tensor:  # (N, N)
-        """Return the inner products of the gradients of each sample's own loss, float64 on the CPU.
+        """Return the inner products of the gradients of N samples; see `sample_gram`."""
+        return self.sample_gram(num_samples).gram
 
-        A sample's loss is that of a batch of this sample alone; dropout masks are drawn for each. The loss of a batch
-        must be their mean, which is looked at (`check_mean`). Cost: N forward and backward passes of one sample, run
-        together where torch.func.vmap can run the loss, and two of all N as one batch; of a loss with random numbers
-        16 such and N of one sample.
+    def sample_gram(
+        self, num_samples: int | None = 64, *, by_parameter: bool = False, directions: Tensor | None = None
+    ) -> SampleGram:
+        """Return the inner products of the gradients of N samples, exactly, without ever holding them.
+
+        They follow from the inputs of the layers and the gradients of their outputs, in one forward and one backward
+        pass that computes no parameter's gradient. Which entry belongs to which sample, and that the loss is a mean
+        over samples, is found out once a run, in about five passes. Parameters in other operations (weight norm, fused
+        recurrent layers) go through `torch.func.vmap`, or a loop: N passes of one sample. Masks are those of the batch.
 
         Args:
-            num_samples: N, the first ones over the batches in order; all if None. Fewer come back where their
-                gradients, which are held at once, would take more than 2 GiB or a quarter of the free memory; not less
-                than 2.
+            num_samples: N, the first ones over the batches, which must fit into one batch; all if None. Fewer come back
+                where gradients that are held would take more than 2 GiB or a quarter of the free memory.
+            by_parameter: Whether the parts of each parameter are wanted too.
+            directions: (n, k), whose inner products with the gradients are wanted too.
 
         Raises:
             ValueError: If samples have no loss of their own: `BatchNorm` in training mode, tensors of the batch that do
-                not share dimension 0, a loss that does not run on one sample or is not the mean over samples.
+                not share dimension 0, a loss that does not run on some of the samples or is not the mean over them.
         """
-        return self._share(("gram", num_samples), lambda: self._build_gram(num_samples))
+        if directions is not None:
+            return self._sampled.gram(num_samples, by_parameter=by_parameter, directions=directions)
+        key = (SampleGram, num_samples, by_parameter)
+        return self._share(key, lambda: self._sampled.gram(num_samples, by_parameter=by_parameter, directions=None))
+
+    def sample_gradients(self, num_samples: int | None = 64) -> SampleGradients:
+        """Return the matrix of the gradients of N samples, known by its products; see `sample_gram`.
+
+        For `EmpiricalFisher` and `GradientCovarianceOperator`, which need no N x N matrix: N is not bounded by memory.
+        """
+        return self._share((SampleGradients, num_samples), lambda: self._sampled.gradients(num_samples))
+
+    def sample_structure(self, num_samples: int | None = 64) -> SampleStructure:
+        """Return which entry of the network's tensors belongs to which sample, for a `GramRide`."""
+        return self._sampled.structure(num_samples)
 
     def sample_curvature(self, num_samples: int | None = 64) -> SampleCurvature:
         """Return the Gauss-Newton matrix of each sample, in its output coordinates.
 
         Cost: N forward and N C backward passes of one sample, run together where torch.func.vmap can run the loss, and
-        what `per_sample_gram` spends on batches.
+        two of all N as one batch; of a loss with random numbers 16 such and N of one sample.
 
         Args:
             num_samples: N, the first ones over the batches in order; all if None. Fewer come back, as by
-                `per_sample_gram`, where the N C rows of their Jacobians would take too much memory (4 of a network of
+                `sample_gram`, where the N C rows of their Jacobians would take too much memory (4 of a network of
                 11 million float32 parameters and 10 outputs): `len(result.losses)` tells how many.
 
         Raises:
             NoOutputsError: If the probe was given no `outputs`.
-            ValueError: As `per_sample_gram`; also if the rows of two samples are too many, or the loss goes around the
+            ValueError: As `sample_gram`; also if the rows of two samples are too many, or the loss goes around the
                 outputs.
         """
-        key = (SampleCurvature, self._named_outputs(), num_samples)
-        return self._share(key, lambda: self._build_sample_curvature(num_samples))
+        name = self._named_outputs()
+        return self._share((SampleCurvature, name, num_samples), lambda: self._sampled.curvature(num_samples, name))
 
     def evaluate(self, batch: Any, *, seed: int | None) -> Tensor:  # ()
         """Return the loss of one batch with its graph, from the state the model was found in.
@@ -255,35 +281,11 @@ class Probe:
         ]
         return Objective(self.space, losses, [num_samples(batch) for batch in self.batches])
 
-    def _build_gauss_newton(self) -> GaussNewton:
-        name = self._named_outputs()
-        cuts = [functools.partial(self._cut, name, batch, self._seed + i) for i, batch in enumerate(self.batches)]
-        sizes = [num_samples(batch) for batch in self.batches]
-        return GaussNewton(OutputObjective(self.space, cuts, sizes, source=f"outputs={name!r}"))
-
-    def _cut(self, name: str, batch: Any, seed: int) -> Cut:
-        def evaluate() -> Cut:
-            return cut(self.module, name, lambda: self._loss(self.module, copied(batch)), self.space.tensors)
-
-        return self._isolation.evaluate(evaluate, seed=seed)
-
-    def _build_gram(self, num_wanted: int | None) -> Tensor:
-        sampled = self._sampled
-        with running_on(1):
-            result = gram(sampled.alone(num_wanted, None))
-            sampled.check_mean(result, None)
-        return result
-
-    def _build_sample_curvature(self, num_wanted: int | None) -> SampleCurvature:
-        sampled, outputs = self._sampled, self._named_outputs()
-        with running_on(1):
-            result = sample_curvature(sampled.alone(num_wanted, outputs))
-            sampled.check_mean(result.gradient_gram(), result.losses)
-        return result
-
     @property
     def _sampled(self) -> SampledLoss:
-        return SampledLoss(self._isolation, self.module, self.space, self._loss, self.batches, self._seed)
+        return SampledLoss(
+            self._isolation, self.module, self.space, self._loss, self.batches, self._seed, self._structures
+        )
 
     def _each_parameter(self, of_groups: Sequence[Sequence[_T]]) -> tuple[_T, ...]:
         """Return what belongs to each parameter of the space, out of one sequence a parameter group."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,31 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from spectral_callbacks.operators import (
-    Cut,
-    GradientGraph,
-    Objective,
-    ParameterSpace,
-    SampleBatch,
-    SampleFunction,
-    Samples,
-    samples_of,
-    scalar,
-)
+from spectral_callbacks.operators import Cut, ParameterSpace, SampleBatch, SampleFunction, scalar
 from spectral_callbacks.probe.backends import explain
-from spectral_callbacks.probe.batches import (
-    check_samples,
-    copied,
-    mapped,
-    num_samples,
-    selected,
-    shares,
-    tensors_of,
-)
+from spectral_callbacks.probe.batches import check_samples, mapped, num_samples, selected, tensors_of
 from spectral_callbacks.probe.isolation import Isolation, WrittenParametersError
-from spectral_callbacks.probe.means import check_mean
 from spectral_callbacks.probe.outputs import cut, intercepted
 
 _T = TypeVar("_T")
@@ -145,78 +124,6 @@ class _Evaluated(nn.Module):
         return self._loss(self.module, batch)
 
 
-@dataclasses.dataclass(frozen=True)
-class SampledLoss:
-    """A loss on some of the samples of frozen batches, together or each alone.
-
-    Attributes:
-        isolation: Of the module.
-        module: In training.
-        space: Its parameters that are measured.
-        loss: (module, batch) -> scalar Tensor.
-        batches: All of them.
-        seed: Of the random numbers.
-    """
-
-    isolation: Isolation
-    module: nn.Module
-    space: ParameterSpace
-    loss: Callable[[nn.Module, Any], Tensor]
-    batches: Sequence[Any]
-    seed: int
-
-    def subset(self, indices: Tensor) -> Objective:
-        """Return the mean over some samples, batch by batch.
-
-        Raises:
-            ValueError: If there is no such sample, or samples are not defined.
-        """
-        places, own = zip(*shares(self.batches, indices), strict=True)
-        losses = [
-            functools.partial(self.evaluate, selected(self.batches[place], chosen), seed=self.seed + place)
-            for place, chosen in zip(places, own, strict=True)
-        ]
-        return _Subset(self.space, losses, list(map(len, own)))
-
-    def alone(self, num_wanted: int | None, outputs: str | None) -> Samples:
-        """Return the first samples over all batches, batch by batch; all of them where no number is given.
-
-        Raises:
-            ValueError: If not even one is asked for, or samples have no loss of their own.
-        """
-        left = sum(map(num_samples, self.batches)) if num_wanted is None else num_wanted
-        if left < 1:
-            raise ValueError(f"num_samples={left} must be at least 1; pass None to measure on all samples.")
-        _refuse_coupling(self.module)
-        found: list[SampleBatch] = []
-        for index, batch in enumerate(self.batches):
-            size = min(left, num_samples(batch))
-            left -= size
-            if size:
-                seeds = range(self.seed + index, self.seed + index + size * len(self.batches), len(self.batches))
-                found.append(
-                    FrozenSamples(self.isolation, self.module, self.space, self.loss, batch, size, outputs, seeds)
-                )
-        return samples_of(self.space, found)
-
-    def check_mean(self, gram: Tensor, losses: Tensor | None) -> None:
-        """Raise a ValueError unless the first samples as a batch have the mean of their gradients and losses."""
-        check_mean(self.space, self.batches, self.evaluate, seed=self.seed, gram=gram, losses=losses)
-
-    def evaluate(self, batch: Any, *, seed: int, in_eval_mode: bool = False) -> Tensor:  # ()
-        """Return the loss of a batch of samples with its graph.
-
-        Raises:
-            ValueError: If the loss does not run on them.
-        """
-
-        def run() -> Tensor:
-            module = self.module.eval() if in_eval_mode else self.module  # until the evaluation ends
-            return loss_on_samples(self.loss, module, copied(batch))
-
-        return self.isolation.evaluate(run, seed=seed)
-
-
 def loss_on_samples(loss: Callable[[nn.Module, Any], Tensor], module: nn.Module, batch: Any) -> Tensor:
     """Return the loss of a batch of some samples only.
 
@@ -252,25 +159,3 @@ def _does_not_run(number: int, error: Exception) -> ValueError:
         f"the loss does not run on {number} of its samples: {error}; pass loss= that takes a batch of any size "
         "(squeeze() drops the dimension of a single sample), or leave this quantity out."
     )
-
-
-class _Subset(Objective):
-    """The loss on some samples, which it may not run on."""
-
-    def __init__(self, space: ParameterSpace, losses: Sequence[Callable[[], Tensor]], sizes: Sequence[int]) -> None:
-        super().__init__(space, losses, sizes)
-        self._sizes = tuple(sizes)
-
-    def _differentiate(self, index: int, *, create_graph: bool) -> GradientGraph:
-        with running_on(self._sizes[index]):
-            return super()._differentiate(index, create_graph=create_graph)
-
-
-def _refuse_coupling(module: nn.Module) -> None:
-    """Raise if a module normalises by the statistics of the batch, so that a sample depends on the others."""
-    for name, submodule in module.named_modules():
-        if isinstance(submodule, _BatchNorm) and (submodule.training or submodule.running_mean is None):
-            raise ValueError(
-                f"{type(submodule).__name__} {name!r} normalises by the statistics of the batch, so no sample has a "
-                'loss of its own; measure with mode="eval" (running statistics), or leave this per-sample quantity out.'
-            )
