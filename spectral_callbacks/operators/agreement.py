@@ -50,7 +50,7 @@ def disagreeing(
     Raises:
         ValueError: If all parameters disagree on parts of the batch: then the loss is not the mean over its samples.
     """
-    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(1))  # not those replaced before
     parts = [torch.tensor([i]) for i in dict.fromkeys((0, num_samples - 1))]
     parts.append(order[: (num_samples + 1) // 2].sort().values)
     shares = torch.zeros(num_samples, 1 + len(parts))
@@ -134,7 +134,7 @@ def _sums(
         found[parameter] = factor.combined(shares.to(space.device)), math.sqrt(num_samples * squares)
 
     stream = FactorStream(uses.uses, layouts, num_samples, num_samples, consume)
-    handles = watch(enumerate(uses.uses), stream.see)
+    handles = watch(uses.uses, stream.see)
     try:
         gradients = _gradients(space, loss)
     finally:

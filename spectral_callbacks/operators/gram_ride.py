@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from spectral_callbacks.operators.sample_gradients import SampleGram, SampleGramSum
@@ -47,12 +46,12 @@ class GramRide:
     ) -> None:
         began = time.perf_counter()
         self.reason: str | None = None
-        uses, layouts = structure.treated(find_uses(loss, structure.space.tensors))
+        uses, layouts = structure.treated(find_uses(loss, structure.space.tensors), batch_size)
         self._batch_size = batch_size
         first = min(num_samples, batch_size)
         self._sum = SampleGramSum(structure.space, first, by_parameter=by_parameter, directions=directions)
         self._stream = FactorStream(uses.uses, layouts, batch_size, first, self._sum.add)
-        self._handles = watch(enumerate(uses.uses), self._see)
+        self._handles = watch(uses.uses, self._see)
         self.seconds = time.perf_counter() - began
 
     def conclude(self, scale: float) -> SampleGram | None:
@@ -73,15 +72,14 @@ class GramRide:
             handle.remove()
         self._handles.clear()
 
-    def _see(self, index: int, gradient: Tensor) -> None:
+    def _see(self, indices: Sequence[int], gradient: Tensor) -> None:
         if self.reason is None:
             began = time.perf_counter()
-            self._guarded(lambda: self._stream.see(index, gradient))
+            self._guarded(lambda: self._stream.see(indices, gradient))
             self.seconds += time.perf_counter() - began
 
     def _guarded(self, act: Callable[[], None]) -> None:
         try:
-            with torch.no_grad():
-                act()
+            act()
         except Exception as error:  # noqa: BLE001 - it must not reach the backward pass of training
             self.reason = f"{type(error).__name__}: {error}"

@@ -90,13 +90,15 @@ class Outer(Factor):
         """Return the inner products, and leave those of the left side where they are part of the work."""
         if self._left.shape[1] * self._left.shape[2] > 1:
             return self.gram()
-        K, of_left = self._gram_of_rows()
-        latest.keep(self._left[:, 0, 0], mirrored(of_left, _panel(len(K))))
+        left = self._left[:, 0, 0]
+        K, of_left = self._gram_of_rows(left)
+        panel = _panel(len(K))
+        latest.keep(left, of_left if panel == len(K) else mirrored(of_left, panel))
         return K
 
-    def _gram_of_rows(self) -> tuple[Tensor, Tensor]:
+    def _gram_of_rows(self, left: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inner products, and those of the left side, the upper triangle of these for many samples."""
-        left, right = self._left[:, 0, 0], self._right[:, 0, 0]
+        right = self._right[:, 0, 0]
         N, panel = len(left), _panel(len(left))
         if panel == N:
             of_left = torch.mm(left, left.T)
@@ -111,7 +113,7 @@ class Outer(Factor):
     def _gram_of_summands(self) -> Tensor:
         N, G, T, _ = self._left.shape
         if G == T == 1:
-            return self._gram_of_rows()[0]
+            return self._gram_of_rows(self._left[:, 0, 0])[0]
         sides = self._left.transpose(0, 1), self._right.transpose(0, 1)
         if sum(x.nbytes for x in sides) <= tiles.MAX_BYTES // 2:
             sides = sides[0].contiguous(), sides[1].contiguous()  # once, not block by block

@@ -237,12 +237,12 @@ def _repeat(node: Any, slot: int, path: Path) -> Reading:
 
 def _repeated(node: Any, path: Path, local: Callable[[Tensor], Tensor]) -> Reading | None:
     """An operation that acts entry by entry; None where it does not repeat the tensor along any axis."""
-    return _broadcast(node, path, local)._replace(repeats=True) if _axes(path.shape, _output(node)) else None
+    return _broadcast(node, path, local)._replace(repeats=True) if _axes(path.shape, output_shape(node)) else None
 
 
 def _broadcast(node: Any, path: Path, local: Callable[[Tensor], Tensor]) -> Reading:
     """The items lie along the axes of the output that the tensor does not have."""
-    axes = _axes(path.shape, _output(node))
+    axes = _axes(path.shape, output_shape(node))
 
     def rows(gradient: Tensor) -> Tensor:
         first = local(gradient).movedim(axes, tuple(range(len(axes))))
@@ -262,7 +262,8 @@ def _rows(path: Path, rows: Callable[[Tensor], Tensor]) -> Reading:
     return Reading(path, lambda gradient: Contribution((rows(gradient),), build))
 
 
-def _output(node: Any) -> Size:
+def output_shape(node: Any) -> Size:
+    """Return the shape of an operation's first output."""
     return Size(node._input_metadata[0].shape)
 
 

@@ -60,8 +60,9 @@ class SampleGramSum:
         if self._gram is None:
             self._gram = part.clone()
         else:
-            dtype = torch.promote_types(part.dtype, self._gram.dtype)
-            self._gram = self._gram.to(dtype).add_(part)
+            if part.dtype != self._gram.dtype:
+                self._gram = self._gram.to(torch.promote_types(part.dtype, self._gram.dtype))
+            self._gram.add_(part)
         if self._parts is not None:
             self._parts[self._space.names[parameter]] = part.to("cpu", torch.float64)
         if self._directions is not None:

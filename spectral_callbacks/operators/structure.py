@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class SampleStructure:
     Attributes:
         space: The parameters.
         signature: Of all uses, in order.
+        sizes: Of each, how many numbers a sample has in the output of the operation.
+        choices: What the loss chose by the data, as `choice_of` tells.
         layouts: Of each, which item belongs to which sample; None where the parameter is untreated.
         untreated: Index of a parameter whose samples cannot be told apart in one pass -> why.
         is_random: Whether the loss depends on random numbers.
@@ -39,21 +42,33 @@ class SampleStructure:
 
     space: ParameterSpace
     signature: tuple[Hashable, ...]
+    sizes: tuple[float, ...]
+    choices: tuple[Hashable, ...]
     layouts: tuple[Layout | None, ...]
     untreated: dict[int, str]
     is_random: bool
     is_final: bool
 
-    def treated(self, uses: Uses) -> tuple[Uses, list[Layout]]:
+    def treated(self, uses: Uses, num_samples: int, *, same_loss: bool = True) -> tuple[Uses, list[Layout]]:
         """Return the uses whose samples can be told apart, with their layouts.
 
+        Args:
+            uses: Of a batch.
+            num_samples: In this batch.
+            same_loss: Whether it is the loss that the structure was found on, and chooses by the same random numbers.
+
         Raises:
-            StructureChangedError: If these are not the uses that the structure was found on.
+            StructureChangedError: If these are not the uses that the structure was found on, or other rows are moved.
         """
-        if self.signature != _signature(uses):
+        is_known = self.signature == _signature(uses) and all(
+            layout is None or size == now
+            for layout, size, now in zip(self.layouts, self.sizes, _sizes(uses, num_samples), strict=True)
+        )
+        if not is_known or (same_loss and self.choices != uses.choices):
             raise StructureChangedError(
-                "this batch runs through other operations than the one that the samples were told apart on, so nothing "
-                "is known of it; measure on data='fixed', or leave this per-sample quantity out."
+                "this batch runs through other operations than the one that the samples were told apart on, or moves or "
+                "weighs its rows otherwise, so nothing is known of it; measure on data='fixed', or leave this "
+                "per-sample quantity out."
             )
         kept = [(use, layout) for use, layout in zip(uses.uses, self.layouts, strict=True) if layout is not None]
         return uses.only([use for use, _ in kept]), [layout for _, layout in kept]
@@ -84,7 +99,7 @@ def find_structure(space: ParameterSpace, run: Run, num_samples: int) -> SampleS
     uses, seen = _prints(space, scalar(run(None)))
     untreated = dict(uses.untreated)
     layouts: list[Layout | None] = [None] * len(uses.uses)
-    is_final = True
+    is_final = num_samples > 1  # one sample alone tells nothing of the order of several
     if num_samples == 1:
         layouts = [Layout(1, len(seen[index][0])) if index in seen else None for index in range(len(uses.uses))]
     elif seen:
@@ -105,12 +120,14 @@ def find_structure(space: ParameterSpace, run: Run, num_samples: int) -> SampleS
         if layout is None:
             untreated.setdefault(use.parameter, f"in {use.node.name()} it depends on several samples at once")
     is_random = not torch.equal(run(None).detach(), run(None, seed=1).detach())
-    structure = SampleStructure(space, _signature(uses), tuple(layouts), {}, is_random, is_final)
+    sizes = _sizes(uses, num_samples)
+    structure = SampleStructure(space, _signature(uses), sizes, uses.choices, tuple(layouts), {}, is_random, is_final)
     structure = _without(structure, uses, untreated)
     if len(structure.untreated) == len(space.tensors):
         return structure
-    seeds, in_eval_mode = _comparable(structure, run)
-    wrong = disagreeing(space, structure.treated, run, num_samples, seeds, in_eval_mode=in_eval_mode)
+    treated = functools.partial(structure.treated, num_samples=num_samples, same_loss=False)
+    seeds, in_eval_mode = _comparable(structure, treated, run)
+    wrong = disagreeing(space, treated, run, num_samples, seeds, in_eval_mode=in_eval_mode)
     return _without(structure, uses, structure.untreated | wrong) if wrong else structure
 
 
@@ -130,14 +147,19 @@ def _signature(uses: Uses) -> tuple[Hashable, ...]:
     return tuple(use.signature for use in uses.uses)
 
 
+def _sizes(uses: Uses, num_samples: int) -> tuple[float, ...]:
+    return tuple(use.output_shape.numel() / num_samples for use in uses.uses)
+
+
 def _prints(space: ParameterSpace, loss: Tensor) -> tuple[Uses, dict[int, tuple[Tensor, Tensor]]]:
     """Return, for each use, a number for each of its items that changes when the item does, and its scale."""
     uses = find_uses(loss, space.tensors)
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def see(index: int, gradient: Tensor) -> None:
-        prints, scales = zip(*map(_print, uses.uses[index].contribution(gradient).tensors), strict=True)
-        found[index] = torch.stack(prints, 1), torch.stack(scales, 1)
+    def see(indices: Sequence[int], gradient: Tensor) -> None:
+        for index in indices:
+            prints, scales = zip(*map(_print, uses.uses[index].contribution(gradient).tensors), strict=True)
+            found[index] = torch.stack(prints, 1), torch.stack(scales, 1)
 
     try:
         visit(loss, uses, see)
@@ -162,13 +184,13 @@ def _changed(before: tuple[Tensor, Tensor] | None, after: tuple[Tensor, Tensor] 
     return ((before[0] - after[0]).abs() > torch.maximum(before[1], after[1])).any(1).cpu()
 
 
-def _comparable(structure: SampleStructure, run: Run) -> tuple[range, bool]:
+def _comparable(structure: SampleStructure, treated: Callable[[Uses], object], run: Run) -> tuple[range, bool]:
     """Return seeds, and whether eval mode: one evaluation where nothing is random, else several."""
     if not structure.is_random:
         return range(1), False
     try:
         first, second = (run(None, seed=seed, in_eval_mode=True) for seed in (0, 1))
-        structure.treated(find_uses(first, structure.space.tensors))
+        treated(find_uses(first, structure.space.tensors))
         is_quiet = torch.equal(first.detach(), second.detach())
     except Exception:  # noqa: BLE001 - the user's code, in a mode that it may not be made for
         is_quiet = False

@@ -63,7 +63,7 @@ def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    return tuple(tensor.detach().to(dtype) for tensor in tensors)
+    return tuple(t if t.dtype == dtype and not t.requires_grad else t.detach().to(dtype) for t in tensors)
 
 
 def mirrored(

@@ -8,12 +8,14 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 from torch import Size, Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
+from spectral_callbacks.operators.choices import choice_of
 from spectral_callbacks.operators.nodes import NoKernelError, step_of
 from spectral_callbacks.operators.paths import Path
-from spectral_callbacks.operators.readers import Contribution, Reading, reading_of
+from spectral_callbacks.operators.readers import Contribution, Reading, output_shape, reading_of
 
+_LEAF = "torch::autograd::AccumulateGrad"
 _HIDES_ITS_GRAPH = "CheckpointFunctionBackward"  # reentrant: what runs inside is no part of the graph
 
 
@@ -38,6 +40,11 @@ class Use:
         """From the parameter to the tensor that the factors are gradients by."""
         return self.reading.path
 
+    @property
+    def output_shape(self) -> Size:
+        """Of the operation."""
+        return output_shape(self.node)
+
     def contribution(self, gradient: Tensor) -> Contribution:
         """Return what the samples' gradients are made of.
 
@@ -56,14 +63,16 @@ class Uses:
         uses: By parameter, in an order that the graph gives.
         untreated: Index of a parameter that is used in an operation without a kernel -> its name. Such a parameter has
             no uses.
+        choices: What the loss has chosen by its data, as `choice_of` tells.
     """
 
     uses: tuple[Use, ...]
     untreated: dict[int, str]
+    choices: tuple[Hashable, ...] = ()
 
     def only(self, uses: Sequence[Use]) -> Uses:
         """Return some of the uses."""
-        return Uses(tuple(uses), self.untreated)
+        return Uses(tuple(uses), self.untreated, self.choices)
 
     @functools.cached_property
     def terminals(self) -> tuple[GradientEdge, ...]:
@@ -84,7 +93,7 @@ def find_uses(loss: Tensor, parameters: Sequence[Tensor]) -> Uses:
 
     Every consumer of a parameter is followed through the operations on parameters alone (views, parts, casts, numbers
     and masks that it is multiplied with, tables of positions) to the first operation that mixes in something else. No
-    saved tensor of that one is looked at, so a backward pass later finds everything as it was.
+    saved tensor of that one is looked at, and none that hooks hold, so a backward pass later finds everything as it was.
 
     Args:
         loss: With its graph.
@@ -109,14 +118,16 @@ def find_uses(loss: Tensor, parameters: Sequence[Tensor]) -> Uses:
         if graph.hidden:
             untreated[index] = graph.hidden
             continue
-        edge = get_gradient_edge(p)
+        node = graph.leaves.get(id(p))
+        if node is None:
+            continue
         try:
-            found = list(graph.readings(edge.node, edge.output_nr, Path(Size(p.shape))))
+            found = list(graph.readings(node, 0, Path(Size(p.shape))))
         except NoKernelError as error:
             untreated[index] = str(error)
         else:
             uses += [Use(index, node, (index, *signature), reading) for node, signature, reading in found]
-    return Uses(tuple(uses), untreated)
+    return Uses(tuple(uses), untreated, tuple(graph.choices))
 
 
 _Found = tuple[Node, tuple[Hashable, ...], Reading]
@@ -127,13 +138,21 @@ class _Graph:
 
     def __init__(self, root: Node) -> None:
         self.hidden: str | None = None
+        self.leaves: dict[int, Node] = {}
+        self.choices: list[Hashable] = []
         self._root = root
         self._consumers: dict[Node, list[tuple[Node, int, int]]] = {root: []}  # operation, its input, our output
         stack = [root]
         while stack:
-            node = stack.pop()
-            if node.name() == _HIDES_ITS_GRAPH:
-                self.hidden = f"{node.name()}: pass use_reentrant=False to torch.utils.checkpoint"
+            node: Any = stack.pop()
+            name = node.name()
+            if name == _LEAF:
+                self.leaves[id(node.variable)] = node
+            elif name == _HIDES_ITS_GRAPH:
+                self.hidden = f"{name}: pass use_reentrant=False to torch.utils.checkpoint"
+            choice = choice_of(node, name)
+            if choice is not None:
+                self.choices.append(choice)
             for slot, (child, output) in enumerate(node.next_functions):
                 if child is None:
                     continue

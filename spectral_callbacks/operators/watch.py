@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from spectral_callbacks.operators.factors import Factor, Sum
@@ -15,8 +16,8 @@ from spectral_callbacks.operators.layout import Layout, regrouped
 from spectral_callbacks.operators.paths import Along
 from spectral_callbacks.operators.uses import Use, Uses
 
-See = Callable[[int, Tensor], None]
-"""(index of a use, gradient of the output of its operation)."""
+See = Callable[[Sequence[int], Tensor], None]
+"""(indices of the uses in one operation, gradient of its output)."""
 Consume = Callable[[int, Factor], None]
 """(index of a parameter, the gradients of all samples by it)."""
 
@@ -57,8 +58,12 @@ class FactorStream:
         self._arrived: dict[int, list[tuple[Tensor, ...]]] = {index: [] for index in range(len(uses))}
         self._seen: dict[int, list[Factor]] = {parameter: [] for parameter in self._awaited}
 
-    def see(self, index: int, gradient: Tensor) -> None:
-        """Take in what arrived at one use."""
+    def see(self, indices: Sequence[int], gradient: Tensor) -> None:
+        """Take in what arrived at the uses in one operation."""
+        for index in indices:
+            self._take(index, gradient)
+
+    def _take(self, index: int, gradient: Tensor) -> None:
         use, layout = self._uses[index], self._layouts[index]
         contribution = use.contribution(gradient)
         arrived = self._arrived[index]
@@ -88,31 +93,42 @@ class FactorStream:
         self._consume(parameter, seen[0] if len(seen) == 1 else Sum(seen))
 
 
-def watch(uses: Iterable[tuple[int, Use]], see: See) -> list[RemovableHandle]:
+def watch(uses: Sequence[Use], see: See) -> list[RemovableHandle]:
     """Let a function see what the next backward pass brings to these uses; return what takes it away again."""
-    return [use.node.register_prehook(functools.partial(_pass_on, see, index)) for index, use in uses]
+    return [
+        node.register_prehook(functools.partial(_pass_on, see, indices)) for node, indices in _by_node(uses).items()
+    ]
 
 
 def visit(loss: Tensor, uses: Uses, see: See, *, retain_graph: bool = False) -> None:
     """Run a backward pass that reaches all uses and computes the gradient of no parameter."""
-    if not uses.uses:
+    nodes = _by_node(uses.uses)
+    if not nodes:
         return
-    edges = {edge.node: edge for edge in uses.terminals}
-    handles = watch([(i, use) for i, use in enumerate(uses.uses) if use.node not in edges], see)
+    edges = uses.terminals
+    ends = {edge.node for edge in edges}
+    handles = [
+        node.register_prehook(functools.partial(_pass_on, see, indices))
+        for node, indices in nodes.items()
+        if node not in ends
+    ]
     try:
-        gradients = torch.autograd.grad(loss, list(edges.values()), retain_graph=retain_graph, allow_unused=True)
+        gradients = torch.autograd.grad(loss, edges, retain_graph=retain_graph, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    arrived = dict(zip(edges, gradients, strict=True))
-    with torch.no_grad():
-        for index, use in enumerate(uses.uses):
-            gradient = arrived.get(use.node)
-            if gradient is not None:
-                see(index, gradient)
+    for edge, gradient in zip(edges, gradients, strict=True):
+        _pass_on(see, nodes[edge.node], (gradient,))
 
 
-def _pass_on(see: See, index: int, gradients: tuple[Tensor | None, ...]) -> None:
+def _by_node(uses: Sequence[Use]) -> dict[Node, list[int]]:
+    found: dict[Node, list[int]] = {}
+    for index, use in enumerate(uses):
+        found.setdefault(use.node, []).append(index)
+    return found
+
+
+def _pass_on(see: See, indices: Sequence[int], gradients: tuple[Tensor | None, ...]) -> None:
     if gradients[0] is not None:
         with torch.no_grad():
-            see(index, gradients[0])
+            see(indices, gradients[0])
