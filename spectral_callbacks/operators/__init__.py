@@ -11,6 +11,7 @@ from spectral_callbacks.operators.gram_ride import GramRide as GramRide
 from spectral_callbacks.operators.graphs import BatchGraphs as BatchGraphs
 from spectral_callbacks.operators.graphs import scalar as scalar
 from spectral_callbacks.operators.hessian import Hessian as Hessian
+from spectral_callbacks.operators.jacobian import jacobian_gram as jacobian_gram
 from spectral_callbacks.operators.objective import GradientGraph as GradientGraph
 from spectral_callbacks.operators.objective import Objective as Objective
 from spectral_callbacks.operators.outputs import Cut as Cut

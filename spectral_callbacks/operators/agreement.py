@@ -15,6 +15,7 @@ from spectral_callbacks.operators.uses import Uses, find_uses
 from spectral_callbacks.operators.watch import FactorStream, watch
 
 _ROUNDING = 3.0  # in units of √ε: between the sum of the samples' gradients and the gradient of the same pass
+_LAYER = 2.0  # in units of ε of the operations: they may compute in another precision than the parameters'
 _MEAN = 0.02  # relative, between passes over a batch and a part of it; the rounding of bfloat16 stays below 0.002
 _ROOM = 0.01  # in units of the root mean square over the samples: near a minimum the gradients of most are rounding
 _SPREADS = 5.0  # errors by which means over several seeds may differ
@@ -58,13 +59,17 @@ def disagreeing(
     for column, part in enumerate(parts, start=1):
         shares[part, column] = num_samples / len(part)
     comparisons: list[dict[int, _Comparison]] = [{} for _ in range(1 + len(parts))]
+    epsilon = 0.0
     for seed in seeds:
         alone = [_gradients(space, run(part, seed=seed, in_eval_mode=in_eval_mode)) for part in parts]
-        sums, together = _sums(space, treated, run(None, seed=seed, in_eval_mode=in_eval_mode), shares)
+        loss = run(None, seed=seed, in_eval_mode=in_eval_mode)
+        uses, layouts = treated(find_uses(loss, space.tensors))
+        epsilon = max([epsilon, *(torch.finfo(use.output_dtype).eps for use in uses.uses)])
+        sums, together = _sums(space, uses, layouts, loss, shares)
         for parameter, (values, rms) in sums.items():
             for comparison, value, truth in zip(comparisons, values, [together, *alone], strict=True):
                 comparison.setdefault(parameter, _Comparison(rms)).add(value, truth[parameter])
-    margin = _ROUNDING * math.sqrt(max(torch.finfo(p.dtype).eps for p in space.tensors))
+    margin = max(_LAYER * epsilon, _ROUNDING * math.sqrt(max(torch.finfo(p.dtype).eps for p in space.tensors)))
     off = {p for p, comparison in comparisons[0].items() if comparison.excess(margin, margin) > 0}
     wrong = dict.fromkeys(sorted(off), "its samples' gradients do not add up to the gradient")
     for part, comparison in zip(parts, comparisons[1:], strict=True):
@@ -120,12 +125,12 @@ def _gradients(space: ParameterSpace, loss: Tensor) -> list[Tensor]:
 
 def _sums(
     space: ParameterSpace,
-    treated: Callable[[Uses], tuple[Uses, Sequence[Layout]]],
+    uses: Uses,
+    layouts: Sequence[Layout],
     loss: Tensor,
     shares: Tensor,  # (N, k)
 ) -> tuple[dict[int, tuple[Tensor, float]], list[Tensor]]:
     """Return k sums of the samples' gradients by each parameter and their root mean square, and the gradient."""
-    uses, layouts = treated(find_uses(loss, space.tensors))
     num_samples = len(shares)
     found: dict[int, tuple[Tensor, float]] = {}
 

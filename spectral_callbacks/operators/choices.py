@@ -58,11 +58,10 @@ def _divisor(node: Any) -> Hashable:
 
 
 def _rows_taken(node: Any) -> Hashable:
-    """Which, by a list of indices; none where one of these leaves rows where they are: `x[torch.arange(len(x)), last]`."""
-    raw = node._raw_saved_indices
-    if _is_table(node) or any(t.unpack_hook is not None for t in raw):
+    """Which, by a list of indices; none where one of them leaves rows in place: `x[torch.arange(len(x)), last]`."""
+    if _is_table(node):
         return None
-    given = [t for t in node._saved_indices if t is not None]
+    given = [t for t in saved(node, "indices") if t is not None]
     return None if any(map(_stays, given)) else tuple(map(_print, given))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -51,7 +52,8 @@ class GramRide:
         first = min(num_samples, batch_size)
         self._sum = SampleGramSum(structure.space, first, by_parameter=by_parameter, directions=directions)
         self._stream = FactorStream(uses.uses, layouts, batch_size, first, self._sum.add)
-        self._handles = watch(uses.uses, self._see)
+        self._unseen = set(range(len(uses.uses)))
+        self._handles = watch(uses.uses, self._weak_see())
         self.seconds = time.perf_counter() - began
 
     def conclude(self, scale: float) -> SampleGram | None:
@@ -62,6 +64,8 @@ class GramRide:
                 accumulated.
         """
         self.remove()
+        if self._unseen and self.reason is None:
+            self.reason = "no backward pass reached all operations that parameters are used in"
         if self.reason is None:
             self._guarded(self._stream.finish)
         return None if self.reason is not None else self._sum.result(self._batch_size / scale)
@@ -72,9 +76,24 @@ class GramRide:
             handle.remove()
         self._handles.clear()
 
+    def _weak_see(self) -> Callable[[Sequence[int], Tensor], None]:
+        """Return `_see` without hold on the ride, which holds the graph, which holds the hooks: none could be freed."""
+        this = weakref.ref(self)
+
+        def see(indices: Sequence[int], gradient: Tensor) -> None:
+            ride = this()
+            if ride is not None:
+                ride._see(indices, gradient)
+
+        return see
+
     def _see(self, indices: Sequence[int], gradient: Tensor) -> None:
         if self.reason is None:
             began = time.perf_counter()
+            if not self._unseen.issuperset(indices):
+                self.reason = "more than one backward pass ran through the graph of the loss"
+                return
+            self._unseen.difference_update(indices)
             self._guarded(lambda: self._stream.see(indices, gradient))
             self.seconds += time.perf_counter() - began
 

@@ -54,7 +54,9 @@ def refuse_hooks(node: Any, *names: str) -> None:
     Raises:
         NoKernelError: If hooks hold one of them.
     """
-    if not _HOOKS_ARE_SHOWN or any(getattr(node, f"_raw_saved_{name}").unpack_hook is not None for name in names):
+    held = [getattr(node, f"_raw_saved_{name}") for name in names]
+    single = [t for own in held for t in (own if isinstance(own, tuple) else (own,))]
+    if not _HOOKS_ARE_SHOWN or any(t.unpack_hook is not None for t in single):
         raise NoKernelError(f"{node.name()} within activation checkpointing, or other hooks on saved tensors")
 
 

@@ -214,9 +214,7 @@ def _quotient(node: Any, slot: int, path: Path) -> Reading | None:
 
 def _where(node: Any, slot: int, path: Path) -> Reading | None:
     refuse_hooks(node, "condition")
-    return _repeated(
-        node, path, lambda gradient: gradient * (~saved(node, "condition") if slot else saved(node, "condition"))
-    )
+    return _repeated(node, path, lambda gradient: gradient * (saved(node, "condition") != bool(slot)))
 
 
 def _prelu(node: Any, slot: int, path: Path) -> Reading | None:
@@ -263,7 +261,7 @@ def _rows(path: Path, rows: Callable[[Tensor], Tensor]) -> Reading:
 
 
 def output_shape(node: Any) -> Size:
-    """Return the shape of an operation's first output."""
+    """Of an operation."""
     return Size(node._input_metadata[0].shape)
 
 

@@ -44,6 +44,11 @@ class SampleGramSum:
     def __init__(
         self, space: ParameterSpace, num_samples: int, *, by_parameter: bool = False, directions: Tensor | None = None
     ) -> None:
+        if directions is not None and len(directions) != space.size:
+            raise ValueError(
+                f"directions have {len(directions)} entries and the parameters {space.size}; pass (n, k), of the "
+                "parameters that are measured now."
+            )
         self._space = space
         self._places = list(space.slices.values())
         self._num_samples = num_samples
@@ -74,7 +79,7 @@ class SampleGramSum:
         parts = None if self._parts is None else {name: scale**2 * part for name, part in self._parts.items()}
         along = None if self._directions is None else scale * self._along
         gram = self._along.new_zeros(self._num_samples, self._num_samples) if self._gram is None else self._gram
-        return SampleGram(gram.to("cpu", torch.float64).mul_(scale**2), parts, along)
+        return SampleGram(scale**2 * gram.to("cpu", torch.float64), parts, along)
 
 
 class SampleGradients:

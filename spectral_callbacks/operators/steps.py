@@ -31,6 +31,11 @@ class Step(abc.ABC):
         """Of what kind it is, the same for every batch that the same code runs on."""
         return type(self).__name__
 
+    @property
+    def content(self) -> Tensor | None:
+        """What it is made with, which may depend on the batch: factors, indices."""
+        return None
+
     @abc.abstractmethod
     def push(self, V: Tensor) -> Tensor:  # (k, *in_shape) -> (k, *shape)
         """Apply it to k tensors."""
@@ -144,6 +149,11 @@ class Take(Step):
         return Size([*self.indices.shape, *self.in_shape[1:]])
 
     @property
+    def content(self) -> Tensor:
+        """The indices."""
+        return self.indices
+
+    @property
     def gain(self) -> float | None:
         """1 where no row is taken twice."""
         return 1.0 if len(self.indices.unique()) == self.indices.numel() else None
@@ -170,6 +180,11 @@ class Scale(Step):
     def shape(self) -> Size:
         """The same."""
         return self.in_shape
+
+    @property
+    def content(self) -> Tensor:
+        """The factor."""
+        return self.factor
 
     @property
     def gain(self) -> float | None:

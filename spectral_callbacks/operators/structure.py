@@ -13,6 +13,7 @@ from spectral_callbacks.operators.agreement import Run, disagreeing
 from spectral_callbacks.operators.graphs import scalar
 from spectral_callbacks.operators.layout import Layout, find_layout
 from spectral_callbacks.operators.parameters import ParameterSpace
+from spectral_callbacks.operators.paths import Path
 from spectral_callbacks.operators.uses import Uses, find_uses
 from spectral_callbacks.operators.watch import visit
 
@@ -66,12 +67,16 @@ class SampleStructure:
         )
         if not is_known or (same_loss and self.choices != uses.choices):
             raise StructureChangedError(
-                "this batch runs through other operations than the one that the samples were told apart on, or moves or "
-                "weighs its rows otherwise, so nothing is known of it; measure on data='fixed', or leave this "
+                "this batch runs through other operations than the one that the samples were told apart on, or moves "
+                "or weighs rows otherwise, so nothing is known of it; measure on data='fixed', or leave this "
                 "per-sample quantity out."
             )
         kept = [(use, layout) for use, layout in zip(uses.uses, self.layouts, strict=True) if layout is not None]
         return uses.only([use for use, _ in kept]), [layout for _, layout in kept]
+
+    def is_of(self, space: ParameterSpace) -> bool:
+        """Return whether it is of these parameters."""
+        return list(map(id, self.space.tensors)) == list(map(id, space.tensors))
 
     def explain(self) -> str:
         """Return why parameters are untreated, for people."""
@@ -111,8 +116,9 @@ def find_structure(space: ParameterSpace, run: Run, num_samples: int) -> SampleS
         indices[order[:half]] = order[half : 2 * half]
         others, seen_then = _prints(space, run(indices))
         same = _signature(uses) == _signature(others)
-        for index in range(len(uses.uses)):
-            changed = _changed(seen.get(index), seen_then.get(index)) if same else None
+        for index, use in enumerate(uses.uses):
+            same_path = same and _same_content(use.path, others.uses[index].path)
+            changed = _changed(seen.get(index), seen_then.get(index)) if same_path else None
             layouts[index] = None if changed is None else find_layout(changed, replaced)
             if changed is not None and layouts[index] is None and not seen[index][1].any():
                 is_final, layouts[index] = False, Layout(1, len(changed) // num_samples)
@@ -182,6 +188,19 @@ def _changed(before: tuple[Tensor, Tensor] | None, after: tuple[Tensor, Tensor] 
     if before is None or after is None or before[0].shape != after[0].shape:
         return None
     return ((before[0] - after[0]).abs() > torch.maximum(before[1], after[1])).any(1).cpu()
+
+
+def _same_content(path: Path, other: Path) -> bool:
+    """Whether a parameter meets all samples as the same tensor, whoever they are."""
+    pairs = [(step.content, then.content) for step, then in zip(path.steps, other.steps, strict=True)]
+    return all(
+        a is None or b is None or (a.shape == b.shape and torch.allclose(a, b, rtol=_tolerance(a), atol=0.0))
+        for a, b in pairs
+    )
+
+
+def _tolerance(t: Tensor) -> float:
+    return _ROUNDING * torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0
 
 
 def _comparable(structure: SampleStructure, treated: Callable[[Uses], object], run: Run) -> tuple[range, bool]:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
-from torch import Size, Tensor
+from torch import Size, Tensor, dtype
 from torch.autograd.graph import GradientEdge, Node
 
 from spectral_callbacks.operators.choices import choice_of
@@ -44,6 +44,12 @@ class Use:
     def output_shape(self) -> Size:
         """Of the operation."""
         return output_shape(self.node)
+
+    @property
+    def output_dtype(self) -> dtype:
+        """Of the operation."""
+        node: Any = self.node
+        return node._input_metadata[0].dtype
 
     def contribution(self, gradient: Tensor) -> Contribution:
         """Return what the samples' gradients are made of.
@@ -93,7 +99,7 @@ def find_uses(loss: Tensor, parameters: Sequence[Tensor]) -> Uses:
 
     Every consumer of a parameter is followed through the operations on parameters alone (views, parts, casts, numbers
     and masks that it is multiplied with, tables of positions) to the first operation that mixes in something else. No
-    saved tensor of that one is looked at, and none that hooks hold, so a backward pass later finds everything as it was.
+    saved tensor of that one is looked at, nor any that hooks hold, so a backward pass later finds everything as it was.
 
     Args:
         loss: With its graph.

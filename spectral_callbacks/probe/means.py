@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectral_callbacks.operators import Objective, ParameterSpace
 from spectral_callbacks.probe.batches import num_samples, selected, shares
@@ -67,6 +68,16 @@ def check_mean(
     except Exception:  # noqa: BLE001 - the user's code, in a mode that it may not be made for
         return
     _compare(quiet, runs, torch.stack(scale), " in eval mode")
+
+
+def refuse_coupling(module: nn.Module) -> None:
+    """Raise if a module normalises by the statistics of the batch, so that a sample depends on the others."""
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, _BatchNorm) and (submodule.training or submodule.running_mean is None):
+            raise ValueError(
+                f"{type(submodule).__name__} {name!r} normalises by the statistics of the batch, so no sample has a "
+                'loss of its own; measure with mode="eval" (running statistics), or leave this per-sample quantity out.'
+            )
 
 
 def _numbers(objective: Objective) -> Tensor:  # (2,)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectral_callbacks.operators import (
     Consume,
@@ -30,17 +29,18 @@ from spectral_callbacks.operators import (
     StructureChangedError,
     find_structure,
     find_uses,
+    jacobian_gram,
     sample_curvature,
     samples_of,
     visit,
 )
 from spectral_callbacks.probe.batches import copied, joined, num_samples, selected, shares, signature
 from spectral_callbacks.probe.isolation import Isolation
-from spectral_callbacks.probe.means import check_mean
+from spectral_callbacks.probe.means import check_mean, refuse_coupling
 from spectral_callbacks.probe.outputs import cut
 from spectral_callbacks.probe.samples import FrozenSamples, loss_on_samples, running_on
 
-_STACK_BYTES = 2**31  # of what the passes for all outputs leave
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,15 @@ class SampledLoss:
             ValueError: If samples have no loss of their own.
         """
         whole = self._whole(num_wanted)
-        structure = self._structure(whole)
+
+        def measure(structure: SampleStructure) -> SampleGram:
+            return self._gram(structure, whole, by_parameter=by_parameter, directions=directions)
+
+        return self._with_structure(whole, measure)
+
+    def _gram(
+        self, structure: SampleStructure, whole: Any, *, by_parameter: bool, directions: Tensor | None
+    ) -> SampleGram:
         rest = self._untreated(structure, whole)
         size, number = num_samples(whole), num_samples(whole) if rest is None else rest.num_samples
         total = SampleGramSum(self.space, number, by_parameter=by_parameter, directions=directions)
@@ -112,7 +120,13 @@ class SampledLoss:
                 take too much memory.
         """
         parts = self._parts(num_wanted)
-        batches = [functools.partial(self._factors, part, self.seed + place) for place, part in enumerate(parts)]
+
+        def factors(place: int) -> Factors:
+            return self._with_structure(
+                parts[place], lambda structure: self._factors(structure, parts[place], self.seed + place)
+            )
+
+        batches = [functools.partial(factors, place) for place in range(len(parts))]
         return SampleGradients(self.space, batches, list(map(num_samples, parts)))
 
     def curvature(self, num_wanted: int | None, outputs: str) -> SampleCurvature:
@@ -161,7 +175,7 @@ class SampledLoss:
         number = total if num_wanted is None else num_wanted
         if number < 1:
             raise ValueError(f"num_samples={number} must be at least 1; pass None to measure on all samples.")
-        _refuse_coupling(self.module)
+        refuse_coupling(self.module)
         chosen = shares(self.batches, torch.arange(min(number, total)))
         return [selected(self.batches[place], indices) for place, indices in chosen]
 
@@ -172,7 +186,7 @@ class SampledLoss:
     def _structure(self, batch: Any, *, anew: bool = False) -> SampleStructure:
         key = signature(batch)
         known = None if anew else self.learned.get(key)
-        if known is None:
+        if known is None or not known.is_of(self.space):
 
             def run(indices: Tensor | None, *, seed: int = 0, in_eval_mode: bool = False) -> Tensor:
                 part = batch if indices is None else selected(batch, indices)
@@ -180,6 +194,7 @@ class SampledLoss:
 
             with running_on(1):
                 known = find_structure(self.space, run, num_samples(batch))
+            self.learned.pop(key, None)
             if known.is_final:
                 self.learned[key] = known
         return known
@@ -189,17 +204,19 @@ class SampledLoss:
         if len(structure.untreated) == len(self.space.tensors):
             return
         loss = self.evaluate(batch, seed=seed)
-        uses = find_uses(loss, self.space.tensors)
-        try:
-            treated, layouts = structure.treated(uses)
-        except StructureChangedError:  # the network may choose its way by the weights
-            treated, layouts = self._structure(batch, anew=True).treated(uses)
+        treated, layouts = structure.treated(find_uses(loss, self.space.tensors), num_samples(batch))
         stream = FactorStream(treated.uses, layouts, num_samples(batch), first, consume)
         visit(loss, treated, stream.see)
         stream.finish()
 
-    def _factors(self, batch: Any, seed: int) -> Factors:
-        structure = self._structure(batch)
+    def _with_structure(self, batch: Any, measure: Callable[[SampleStructure], _T]) -> _T:
+        """Return what is measured with the structure that is known, else with the batch's own."""
+        try:
+            return measure(self._structure(batch))
+        except StructureChangedError:  # the network may choose its way by the weights, and by the data
+            return measure(self._structure(batch, anew=True))
+
+    def _factors(self, structure: SampleStructure, batch: Any, seed: int) -> Factors:
         rest = self._untreated(structure, batch)
         size = num_samples(batch)
         found: Factors = []
@@ -220,25 +237,15 @@ class SampledLoss:
         """
         try:
             whole = joined(parts)
+            N, C = num_samples(whole), samples.num_outputs
             structure = self._structure(whole)
-            if structure.untreated or structure.is_random:
+            first, *others = self._cut(whole, outputs, self.seed).outputs
+            if structure.untreated or structure.is_random or others or len(first) != N or first.numel() != N * C:
                 return None
-            z = self._cut(whole, outputs, self.seed).outputs[0].flatten(1)
-            uses, layouts = structure.treated(find_uses(z.sum(), self.space.tensors))
-        except ValueError:  # the batches do not fit together, or the loss is none of samples: the caller will see
+            gram = jacobian_gram(structure, first.reshape(N, C), samples.num_samples)
+        except (ValueError, TypeError):  # batches that do not fit together, a number: the samples alone will tell
             return None
-        N, C, m = num_samples(whole), samples.num_outputs, samples.num_samples
-        if z.shape != (N, C):
-            return None
-        total = SampleGramSum(self.space, m * C)
-        stream = FactorStream(uses.uses, layouts, N, m, total.add, num_passes=C)
-        for output in range(C):
-            visit(z[:, output].sum(), uses, stream.see, retain_graph=True)
-            if stream.num_bytes * C > _STACK_BYTES:
-                return None
-        stream.finish()
-        gram = total.result(1.0).gram
-        return gram if samples.agree_with(gram) else None
+        return gram if gram is not None and samples.agree_with(gram) else None
 
     def _untreated(self, structure: SampleStructure, batch: Any) -> Samples | None:
         """Return the samples, each alone, as functions of the parameters that are not told apart in one pass."""
@@ -280,13 +287,3 @@ class _Subset(Objective):
     def _differentiate(self, index: int, *, create_graph: bool) -> GradientGraph:
         with running_on(self._sizes[index]):
             return super()._differentiate(index, create_graph=create_graph)
-
-
-def _refuse_coupling(module: nn.Module) -> None:
-    """Raise if a module normalises by the statistics of the batch, so that a sample depends on the others."""
-    for name, submodule in module.named_modules():
-        if isinstance(submodule, _BatchNorm) and (submodule.training or submodule.running_mean is None):
-            raise ValueError(
-                f"{type(submodule).__name__} {name!r} normalises by the statistics of the batch, so no sample has a "
-                'loss of its own; measure with mode="eval" (running statistics), or leave this per-sample quantity out.'
-            )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.demos.transformer import LightningTransformer
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -417,6 +419,23 @@ def test_no_saved_tensor_is_looked_at_before_its_time() -> None:
     assert looks == []
     assert all("hooks on saved tensors" in reason for reason in found.untreated.values())
     assert {use.parameter for use in found.uses} == {2, 4, 6}  # what needs the gradient alone
+
+
+def test_which_rows_were_taken_is_no_reason_to_look_at_what_hooks_hold() -> None:
+    h = nn.Linear(E, 3)(torch.randn(N, E))
+    order, is_there = torch.arange(N).roll(1), torch.arange(N) > 0
+    seen: list[tuple[Hashable, ...]] = []
+
+    def unpack(t: Tensor) -> Tensor:
+        raise AssertionError
+
+    for hooks in (contextlib.nullcontext(), saved_tensors_hooks(lambda t: t, unpack)):
+        with hooks:
+            picked = h[order].sum() + h[is_there].sum() + h.index_select(0, order).sum() + h.masked_select(h > 0).sum()
+            loss = picked + F.cross_entropy(h, torch.zeros(N, dtype=torch.long).index_fill(0, order[:1], -100))
+        seen.append(find_uses(loss, []).choices)
+    assert len(seen[0]) == 5
+    assert seen[1] == ()
 
 
 class _First(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,10 @@ from spectral_callbacks.operators import (
     StructureChangedError,
 )
 from spectral_callbacks.operators import sample_gradients as engine
+from spectral_callbacks.operators.factors import Rows
+from spectral_callbacks.operators.layout import Layout
 from spectral_callbacks.probe import Probe, twice_differentiable
+from spectral_callbacks.probe.batches import signature
 from tests.operators.sample_models import MODELS, VOCABULARY, PositionalModel, T, TiedLanguageModel
 from tests.oracles import relative_error
 
@@ -202,6 +206,42 @@ def test_sequences_first_or_samples_first_are_told_apart() -> None:
         assert relative_error(found, G @ G.mT) < 1e-12
 
 
+def test_a_kernel_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that finds the right sum, and gives it to the wrong samples, too."""
+    torch.manual_seed(0)
+    module, batch = mlp(), batch_of(N)
+    G = gradients_of(module, [batch], loss_of)
+    right = Rows.__init__
+
+    def doubled(self: Rows, rows: Tensor) -> None:
+        right(self, 2 * rows if rows.shape[1:] == (5,) else rows)
+
+    def exchanged(self: Rows, rows: Tensor) -> None:
+        right(self, rows.roll(1, 0) if rows.shape[1:] == (5,) else rows)
+
+    for wrong, reason in ((doubled, "do not add up to the gradient"), (exchanged, "cannot be told apart")):
+        monkeypatch.setattr(Rows, "__init__", wrong)
+        with open_probe(module, [batch]) as probe:
+            structure = probe.sample_structure()
+        assert {probe.space.names[index] for index in structure.untreated} == {"0.bias"}
+        assert reason in structure.explain()
+        monkeypatch.setattr(Rows, "__init__", right)
+        with open_probe(module, [batch], structures={signature(batch): structure}) as probe:
+            assert relative_error(probe.per_sample_gram(), G @ G.mT) < 1e-12
+
+
+def test_a_layout_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module, batch = mlp(), (torch.randn(5, 3, 4, dtype=torch.float64), torch.arange(5) % 3)
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(module(batch[0]).mean(1), batch[1])
+
+    monkeypatch.setattr("spectral_callbacks.operators.structure.find_layout", lambda *_: Layout(3, 1))
+    with open_probe(module, [batch], loss) as probe, pytest.raises(ValueError, match="not the mean over its samples"):
+        probe.sample_structure()
+
+
 def contrastive(module: nn.Module, batch: Batch) -> Tensor:
     z = F.normalize(module(batch[0]), dim=1)
     return F.cross_entropy(z @ z.mT / 0.5, torch.arange(len(z)).roll(1))
@@ -219,6 +259,23 @@ def test_samples_that_a_loss_couples_have_no_gram_matrix(loss: Any) -> None:
         assert "depends on several samples at once" in probe.sample_structure().explain()
         with pytest.raises(ValueError, match="not the mean over its samples"):
             probe.per_sample_gram()
+
+
+def test_a_weight_that_is_scaled_by_the_batch_couples_the_samples() -> None:
+    """By so little that parts of the batch agree with it to 2 %, and behind it nothing shows that all change."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 4, dtype=torch.float64)
+    x *= (1 + 0.01 * torch.randn(64, 1)) / x.abs().mean(1, keepdim=True)
+    module: Any = nn.Linear(4, 1, bias=False).double()
+
+    def loss(module: Any, batch: Batch) -> Tensor:
+        return (batch[0] @ (module.weight * batch[0].abs().mean()).mT).mean()
+
+    with open_probe(module, [(x, torch.arange(64))], loss) as probe:
+        found = probe.per_sample_gram()
+        assert "depends on several samples at once" in probe.sample_structure().explain()
+    G = gradients_of(module, [(x, torch.arange(64))], loss)
+    assert relative_error(found, G @ G.mT) < 1e-12
 
 
 def test_a_sum_is_called_one() -> None:
@@ -320,6 +377,168 @@ def test_batches_that_do_not_fit_into_one_say_so() -> None:
         with pytest.raises(ValueError, match="tensors of different shapes, and samples are compared in one batch"):
             probe.per_sample_gram()
         assert relative_error(EmpiricalFisher(probe.sample_gradients()).to_dense(), G.mT @ G / 6) < 1e-12
+
+
+# ---- What another batch does otherwise
+
+
+def later(first: Any, second: Any, module: nn.Module, loss: Any) -> Tensor:
+    """Return the Gram matrix of a batch behind a look at another one, against that of a loop: the relative error."""
+    known: dict[Any, Any] = {}
+    for batch in (first, second):
+        with open_probe(module, [batch], loss, structures=known) as probe:
+            found = probe.per_sample_gram()
+        G = gradients_of(module, [batch], loss)
+        assert relative_error(found, G @ G.mT) < 1e-12
+    return found
+
+
+def classes(module: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def test_one_sample_alone_tells_nothing_of_the_order_of_several() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, T, 4, dtype=torch.float64)
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(module(batch[0].transpose(0, 1)).mean(0), batch[1])
+
+    later((x[:1], torch.arange(1)), (x, torch.arange(6) % 3), mlp(), loss)
+
+
+class Sorted(nn.Module):
+    """Takes its samples in an order that they give, and puts them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        order = x[:, 0].sign().argsort(stable=True)
+        return self.last(h[order])[order.argsort()]
+
+
+class Routed(nn.Module):
+    """Every sample goes to one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.experts = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, out = self.embed(x), x.new_zeros(len(x), 3)
+        for number, expert in enumerate(self.experts):
+            places = ((x[:, 0] < 0) == number).nonzero()[:, 0]
+            if len(places):
+                out = out.index_add(0, places, expert(h[places]))
+        return out
+
+
+class Trimmed(nn.Module):
+    """Sequences end with the longest of the batch; zeros are no part of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Embedding(VOCABULARY, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_there = x != 0
+        x = x[:, : int(is_there.sum(1).max())]
+        is_there = is_there[:, : x.shape[1], None]
+        return (torch.tanh(self.head(self.token(x))) * is_there).sum(1) / is_there.sum(1)
+
+
+@pytest.mark.parametrize("make", [Sorted, Routed, Trimmed])
+def test_rows_that_another_batch_moves_otherwise_are_found_anew(make: Callable[[], nn.Module]) -> None:
+    """All samples alike at first: nothing is moved, one layer takes all, no sequence is short."""
+    torch.manual_seed(0)
+    y = torch.arange(8) % 3
+    x = torch.randn(8, 4, dtype=torch.float64)
+    alike = torch.cat([x[:, :1].abs(), x[:, 1:]], 1)
+    if make is Trimmed:
+        alike = torch.randint(1, VOCABULARY, (8, T))
+        x = alike.clone()
+        x[:, 3:] = 0
+        x[::2, 2:] = 0
+    module = make().double()
+    later((alike, y), (x, y), module, classes)
+    with open_probe(module, [(alike, y)], classes) as probe:
+        structure = probe.sample_structure()
+    with pytest.raises(StructureChangedError, match="other operations"):
+        GramRide(classes(module, (x, y)), structure, batch_size=8)
+
+
+WEIGHTS = torch.linspace(0.2, 3.0, VOCABULARY, dtype=torch.float64)
+
+
+def ignoring(module: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(module(batch[0]).mT, batch[1], ignore_index=0)
+
+
+def weighing(module: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(module(batch[0]).mT, batch[1], weight=WEIGHTS)
+
+
+def masking(module: nn.Module, batch: Batch) -> Tensor:
+    counts = batch[1] != 0
+    return (F.cross_entropy(module(batch[0]).mT, batch[1], reduction="none") * counts).sum() / counts.sum()
+
+
+def choosing(module: nn.Module, batch: Batch) -> Tensor:
+    counts = batch[1] != 0
+    return F.cross_entropy(module(batch[0])[counts], batch[1][counts])
+
+
+def smoothing(module: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(module(batch[0]).mT, batch[1], ignore_index=0, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("loss", [ignoring, weighing, masking, choosing, smoothing])
+def test_a_mean_over_the_samples_that_later_is_none_is_refused(loss: Any) -> None:
+    """Full sequences, or one class alone, at first: nothing shows that entries are weighed by the batch."""
+    torch.manual_seed(0)
+    module, known = TiedLanguageModel().double(), {}
+    words = torch.randint(1, VOCABULARY, (8, T))
+    full = words if loss is not weighing else torch.full_like(words, 3)
+    short = words.clone() if loss is not weighing else torch.arange(1, 9)[:, None].expand(8, T).clone()
+    for i in range(8):
+        short[i, T - i % 4 :] = 0
+    with open_probe(module, [(words, full)], loss, structures=known) as probe:
+        structure = probe.sample_structure()
+        assert structure.untreated == {}
+        found = probe.per_sample_gram()
+    G = gradients_of(module, [(words, full)], loss)
+    assert relative_error(found, G @ G.mT) < 1e-12
+    with (
+        open_probe(module, [(words, short)], loss, structures=known) as probe,
+        pytest.raises(ValueError, match="not the mean over its samples"),
+    ):
+        probe.per_sample_gram()
+    with pytest.raises(StructureChangedError, match="weighs rows otherwise"):
+        GramRide(loss(module, (words, short)), structure, batch_size=8)
+
+
+@pytest.mark.parametrize("loss", [ignoring, masking, choosing, smoothing])
+def test_a_batch_of_another_size_or_with_the_last_token_of_each_sample_is_looked_at_once(loss: Any) -> None:
+    torch.manual_seed(0)
+    module, known = TiedLanguageModel().double(), {}
+    evaluations: list[int] = []
+
+    def counted(module: nn.Module, batch: Batch) -> Tensor:
+        evaluations.append(1)
+        return loss(module, batch) + module(batch[0])[torch.arange(len(batch[0])), batch[1][:, 0] % T].square().mean()
+
+    for n in (8, 5):
+        words = torch.randint(1, VOCABULARY, (n, T))
+        evaluations.clear()
+        with open_probe(module, [(words, words)], counted, structures=known) as probe:
+            found = probe.per_sample_gram()
+        count = len(evaluations)
+        G = gradients_of(module, [(words, words)], counted)
+        assert relative_error(found, G @ G.mT) < 1e-12
+    assert count == 1
 
 
 # ---- Operators
@@ -434,3 +653,85 @@ def test_a_ride_that_is_called_off_sees_nothing_more() -> None:
     ride.remove()
     value.backward()
     assert ride.seconds == before
+
+
+def ride_on(module: nn.Module, batch: Batch) -> tuple[Tensor, GramRide]:
+    with open_probe(module, [batch]) as probe:
+        structure = probe.sample_structure()
+    value = loss_of(module, batch)
+    return value, GramRide(value, structure, batch_size=len(batch[1]))
+
+
+def test_a_pass_that_does_not_reach_all_parameters_has_no_gram_matrix() -> None:
+    """Or none at all."""
+    module: Any = mlp()
+    for inputs in ([], [module[2].weight]):
+        value, ride = ride_on(module, batch_of(6))
+        if inputs:
+            value.backward(inputs=inputs)
+        assert ride.conclude(1.0) is None
+        assert ride.reason == "no backward pass reached all operations that parameters are used in"
+
+
+def test_what_a_ride_saw_may_be_asked_for_twice() -> None:
+    value, ride = ride_on(mlp(), batch_of(6))
+    value.backward()
+    first, second = ride.conclude(2.0), ride.conclude(2.0)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.gram, second.gram)
+
+
+def test_a_second_pass_through_the_graph_ends_a_ride() -> None:
+    value, ride = ride_on(mlp(), batch_of(6))
+    value.backward(retain_graph=True)
+    value.backward()
+    assert ride.conclude(1.0) is None
+    assert ride.reason == "more than one backward pass ran through the graph of the loss"
+
+
+def test_a_ride_that_is_forgotten_keeps_no_graph() -> None:
+    """Hooks that held it would close a circle through the graph, which the garbage collector does not see."""
+    value, ride = ride_on(mlp(), batch_of(6))
+    gone = weakref.ref(ride)
+    del ride
+    assert gone() is None
+    value.backward()
+
+
+def test_layers_that_are_thawed_for_others_are_looked_at_anew() -> None:
+    """The same operations in number and kind, on other parameters."""
+    module: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))).double()
+    batch, known = batch_of(6), {}
+    for frozen in (0, 1):
+        for number, layer in enumerate(module):
+            layer.requires_grad_(number != frozen)
+        with open_probe(module, [batch], structures=known) as probe:
+            structure = probe.sample_structure()
+            assert structure.space.names == probe.space.names
+        value = loss_of(module, batch)
+        ride = GramRide(value, structure, batch_size=6)
+        value.backward()
+        found = ride.conclude(1.0)
+        assert found is not None
+        G = gradients_of(module, [batch], loss_of)
+        assert relative_error(found.gram, G @ G.mT) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_rounding_of_autocast_is_no_disagreement(seed: int) -> None:
+    """Of gradients that nearly cancel in the sum: an output layer's bias with as many samples of each class."""
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.LayerNorm(64), nn.Linear(64, 3))
+    batch = torch.randn(16, 64), torch.arange(16) % 3
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = module(batch[0])
+        return F.cross_entropy(z.float() / 100, batch[1])
+
+    with open_probe(module, [batch], loss) as probe:
+        assert probe.sample_structure().untreated == {}
+        found = probe.per_sample_gram()
+    G = gradients_of(module, [batch], loss)
+    assert relative_error(found, G @ G.mT) < 0.01
