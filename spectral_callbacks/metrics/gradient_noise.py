@@ -83,10 +83,11 @@ class GradientMoments:
             ValueError: If `gram` is no matrix of inner products.
         """
         gram = checked_gram(gram)
-        N, m, signal = len(gram), gram.diagonal().mean().item(), PairMean.of(gram).value
+        N, own, pairs = len(gram), gram.diagonal(), PairMean.of(gram)
+        m, signal = own.mean().item(), pairs.value
         if not unseen_share(N, dataset_size):
             return cls(m, gram.mean().item(), torch.zeros(2, 2, dtype=torch.float64), N)
-        covariance = means_covariance(gram, dataset_size=dataset_size)
+        covariance = means_covariance(own, pairs, dataset_size=dataset_size)
         if dataset_size is not None:
             signal = weighted_pairs(m, signal, dataset_size)
             of_dataset = torch.tensor([[1, 0], [1 / dataset_size, 1 - 1 / dataset_size]], dtype=torch.float64)
@@ -211,12 +212,13 @@ def mean_pairwise_cosine(
     gram = checked_gram(gram)
     norms = gram.diagonal().clamp(min=0).sqrt()
     some = norms > 0
-    cosines = (gram[some][:, some] / norms[some] / norms[some, None]).clamp(-1, 1)
-    found = PairMean.of(cosines)
+    if not some.all():
+        gram, norms = gram[some][:, some], norms[some]
+    found = PairMean.of((gram / norms / norms[:, None]).clamp_(-1, 1))
     if found.num_samples < 2:
         return Estimate(math.nan, math.inf, found.num_samples)
     if dataset_size is not None:  # as many of the others have a direction
-        dataset_size = round(dataset_size * found.num_samples / len(gram))
+        dataset_size = round(dataset_size * found.num_samples / len(some))
     return found.estimate(dataset_size=dataset_size)
 
 

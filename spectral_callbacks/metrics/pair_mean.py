@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -27,6 +28,7 @@ class PairMean:
         linear: 4 ζ/N; infinite below 4 samples.
         quadratic: 2 η/(N (N - 1)); infinite below 4 samples.
         num_samples: N.
+        rows: Σ_j k(x_i, x_j) less the value, over j ≠ i, (N,).
 
     Reference: Hoeffding 1948, doi:10.1214/aoms/1177730196.
 
@@ -41,6 +43,7 @@ class PairMean:
     linear: float
     quadratic: float
     num_samples: int
+    rows: Tensor = dataclasses.field(repr=False, compare=False)
 
     @classmethod
     def of(
@@ -48,22 +51,35 @@ class PairMean:
         kernel: Tensor,  # (N, N)
     ) -> PairMean:
         """Return that of a symmetric matrix k(x_i, x_j); the diagonal plays no part."""
-        pairs, N = _off_diagonal(kernel), len(kernel)
+        pairs, N = kernel.clone().fill_diagonal_(0), len(kernel)
         if N < 2:
-            return cls(math.nan, math.inf, math.inf, N)
+            return cls(math.nan, math.inf, math.inf, N, pairs.sum(1))
+        mean = pairs.sum().item() / (N * (N - 1))
+        pairs.sub_(mean).fill_diagonal_(0)  # less the mean, against cancellation
         rows = pairs.sum(1)
-        mean = rows.sum().item() / (N * (N - 1))
         if N < _FEWEST:
-            return cls(mean, math.inf, math.inf, N)
-        pairs = torch.where(torch.eye(N, dtype=torch.bool), 0.0, pairs - mean)  # less the mean, against cancellation
-        rows = pairs.sum(1)
-        same, chained, whole = pairs.square().sum().item(), rows.square().sum().item(), rows.sum().item() ** 2
+            return cls(mean, math.inf, math.inf, N, rows)
+        flat = pairs.flatten()
+        same, chained, whole = (flat @ flat).item(), (rows @ rows).item(), rows.sum().item() ** 2
         # Means of k(x, y)², k(x, y) k(x, z) and k(x, y) k(z, w) over samples that all differ.
         two = same / (N * (N - 1))
         three = (chained - same) / (N * (N - 1) * (N - 2))
         four = (whole - 4 * chained + 2 * same) / (N * (N - 1) * (N - 2) * (N - 3))
         linear = 4 * max(three - four, 0.0) / N
-        return cls(mean, linear, 2 * max(two - 2 * three + four, 0.0) / (N * (N - 1)), N)
+        return cls(mean, linear, 2 * max(two - 2 * three + four, 0.0) / (N * (N - 1)), N, rows)
+
+    def covariance_with(
+        self,
+        values: Tensor,  # (N,)
+    ) -> float:
+        """Return the covariance, over draws, with the mean of one number a sample; infinite below 3.
+
+        Unbiased: 2/N cov(f(x), E[k(x, y) | x]), with the mean of f(x) k(y, z) over different samples for E f · E k.
+        """
+        N = self.num_samples
+        if N < 3:
+            return math.inf
+        return 2 * ((values - values.mean()) @ self.rows).item() / (N * (N - 1) * (N - 2))
 
     def variance(self, *, dataset_size: int | None = None) -> float:
         """Return the variance over draws.
@@ -84,40 +100,25 @@ class PairMean:
         return Estimate(self.value, math.sqrt(self.variance(dataset_size=dataset_size)), self.num_samples)
 
 
-def covariance_with_mean(
-    kernel: Tensor,  # (N, N)
-    values: Tensor,  # (N,)
-) -> float:
-    """Return the covariance, over draws, of a pair mean with the mean of one number a sample; infinite below 3.
-
-    Unbiased: 2/N cov(f(x), E[k(x, y) | x]), with the mean of f(x) k(y, z) over different samples for E f · E k.
-    """
-    N = len(values)
-    if N < 3:
-        return math.inf
-    pairs = _off_diagonal(kernel)
-    values = values - values.mean()
-    rows = pairs.sum(1)
-    return 2 * (values @ rows).item() / (N * (N - 1) * (N - 2))
-
-
 def means_covariance(
-    kernel: Tensor,  # (N, N)
+    own: Tensor,  # (N,)
+    pairs: PairMean,
     *,
     dataset_size: int | None = None,
 ) -> Tensor:  # (2, 2), float64
     """Return the covariance, over draws, of the mean of k(x_i, x_i) and the mean of k(x_i, x_j) over pairs.
 
     Args:
-        kernel: Symmetric.
+        own: k(x_i, x_i).
+        pairs: Of k.
         dataset_size: n, samples that the N are drawn from without replacement; infinite if left out.
     """
-    N, own, unseen = len(kernel), kernel.diagonal(), unseen_share(len(kernel), dataset_size)
+    N, unseen = len(own), unseen_share(len(own), dataset_size)
     if not unseen:
         return torch.zeros(2, 2, dtype=torch.float64)
     own_variance = unseen * own.var().item() / N if N > 1 else math.inf
-    cross = unseen * covariance_with_mean(kernel, own)
-    pair_variance = PairMean.of(kernel).variance(dataset_size=dataset_size)
+    cross = unseen * pairs.covariance_with(own)
+    pair_variance = pairs.variance(dataset_size=dataset_size)
     return torch.tensor([[own_variance, cross], [cross, pair_variance]], dtype=torch.float64)
 
 
@@ -126,8 +127,8 @@ def combined_error(
     *factors: float,
 ) -> float:
     """Return the standard error of a linear combination."""
-    weights = torch.tensor(factors, dtype=torch.float64)
-    variance = (weights @ covariance @ weights).item()
+    entries = zip(itertools.product(factors, repeat=2), covariance.flatten().tolist(), strict=True)
+    variance = sum(a * b * c for (a, b), c in entries)
     return math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else math.inf
 
 
@@ -142,15 +143,11 @@ def mean_of_all(
         kernel: Symmetric.
         dataset_size: n, samples that the N are drawn from without replacement; infinite if left out.
     """
-    N = len(kernel)
-    error = combined_error(means_covariance(kernel, dataset_size=dataset_size), 1 / N, 1 - 1 / N)
+    N, covariance = len(kernel), means_covariance(kernel.diagonal(), PairMean.of(kernel), dataset_size=dataset_size)
+    error = combined_error(covariance, 1 / N, 1 - 1 / N)
     return Estimate(kernel.mean().item(), error, N)
 
 
 def unseen_share(num_samples: int, dataset_size: int | None) -> float:
     """Return 1 - N/n: 1 for n infinite (None), 0 where the whole dataset was seen."""
     return 1.0 if dataset_size is None else max(1 - num_samples / dataset_size, 0.0)
-
-
-def _off_diagonal(kernel: Tensor) -> Tensor:
-    return kernel - torch.diag(kernel.diagonal())

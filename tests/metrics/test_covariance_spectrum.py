@@ -10,11 +10,9 @@ from torch import Tensor
 
 from spectral_callbacks.metrics import outliers
 from spectral_callbacks.metrics.covariance_spectrum import (
-    covariance_eigenvectors,
-    covariance_lambda_max,
+    CovarianceSpectrum,
     covariance_spectrum,
     effective_rank,
-    held_out_lambda_max,
     participation_ratio,
 )
 from spectral_callbacks.metrics.gradient_noise import GradientMoments, gradient_norm, mean_pairwise_cosine
@@ -29,6 +27,14 @@ def dense_spectrum(g: Tensor, center: bool = True) -> Tensor:
     g = g - g.mean(0) if center else g
     values = torch.linalg.eigvalsh(sum((torch.outer(x, x) for x in g), torch.zeros(g.shape[1], g.shape[1])) / len(g))
     return torch.cat([values.flip(0), torch.zeros(len(g))])[: len(g)].double()
+
+
+def dense_largest(g: Tensor) -> float:
+    return torch.linalg.matrix_norm(g - g.mean(0), 2).item() ** 2 / len(g)
+
+
+def of(g: Tensor) -> CovarianceSpectrum:
+    return CovarianceSpectrum.from_gram(g @ g.mT)
 
 
 SIX = torch.tensor(
@@ -61,14 +67,52 @@ def test_values_that_are_only_rounding_are_zero() -> None:
     assert (covariance_spectrum(g[:1].expand(20, 3) @ g[:1].expand(20, 3).mT) == 0).all()
 
 
-def test_the_vectors_are_eigenvectors_in_parameter_space() -> None:
-    g = randn(9, 20) + 1
-    values, U = covariance_eigenvectors(g @ g.mT, 4)
-    V = (g - g.mean(0)).mT @ U / (9 * values).sqrt()
-    torch.testing.assert_close(V.mT @ V, torch.eye(4, dtype=torch.float64))
-    torch.testing.assert_close(torch.cov(g.mT, correction=0) @ V, V * values)
-    torch.testing.assert_close(values, covariance_spectrum(g @ g.mT)[:4])
-    torch.testing.assert_close(U.sum(0), torch.zeros(4, dtype=torch.float64))
+@pytest.mark.parametrize("shape", [(9, 20), (20, 5)])
+def test_the_vectors_are_eigenvectors_in_parameter_space(shape: tuple[int, int]) -> None:
+    g = randn(*shape) + 1
+    N, k = shape[0], 4
+    spectrum = of(g)
+    values, U = spectrum.values, spectrum.vectors
+    V = (g - g.mean(0)).mT @ U[:, :k] / (N * values[:k]).sqrt()
+    torch.testing.assert_close(V.mT @ V, torch.eye(k, dtype=torch.float64))
+    torch.testing.assert_close(torch.cov(g.mT, correction=0) @ V, V * values[:k])
+    torch.testing.assert_close(values, covariance_spectrum(g @ g.mT)[:-1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(U.mT @ U, torch.eye(N - 1, dtype=torch.float64))
+    torch.testing.assert_close(U.sum(0), torch.zeros(N - 1, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert spectrum.effective_rank() == effective_rank(values)
+
+
+GRADIENTS = {
+    "a flat spectrum": randn(24, 300),
+    "a spike": randn(24, 300) * torch.cat([torch.tensor([9.0]), torch.ones(299)]),
+    "few dimensions": randn(24, 3),
+    "one dimension": randn(24, 1),
+    "a large mean": randn(24, 300) + 100,
+    "a mean alone": torch.ones(6, 2).double(),
+    "orthogonal": torch.eye(8).double(),
+    "in pairs": randn(24, 300)[torch.arange(24) // 2],
+    "one apart": torch.eye(8)[:, :1].double(),
+    "of very different norms": randn(24, 300) * 10 ** randn(24, 1, seed=1),
+    "three": randn(3, 7),
+    "zero": torch.zeros(5, 5).double(),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_the_largest_eigenvalue_without_a_sample_is_that_of_the_other_gradients(name: str) -> None:
+    g = GRADIENTS[name]
+    expected = [dense_largest(torch.cat([g[:i], g[i + 1 :]])) for i in range(len(g))]
+    found = of(g).lambda_max_without_each()
+    assert found.tolist() == pytest.approx(expected, rel=1e-7, abs=1e-7 * dense_largest(g) + 1e-12)
+    spread = torch.tensor(expected).std(correction=0).item() * math.sqrt(len(g) - 1)
+    assert of(g).lambda_max().error == pytest.approx(spread, rel=1e-4, abs=1e-5 * dense_largest(g) + 1e-12)
+
+
+@pytest.mark.parametrize("name", [*GRADIENTS, "one"])
+def test_the_largest_eigenvalue_of_the_second_moment_is_that_with_the_mean_left_in(name: str) -> None:
+    g = randn(1, 5) if name == "one" else GRADIENTS[name]
+    expected = torch.linalg.matrix_norm(g, 2).item() ** 2 / len(g)
+    assert of(g).second_moment_lambda_max() == pytest.approx(expected, rel=1e-9)
 
 
 # ---- Random-matrix theory
@@ -105,63 +149,45 @@ def test_the_mean_gradient_is_an_outlier_of_the_empirical_fisher_matrix() -> Non
 # ---- The largest eigenvalue
 
 
-@pytest.fixture(scope="module")
-def spiked() -> tuple[Tensor, Tensor]:
-    """Values and errors, (R, 2), of largest and held-out eigenvalue; draws of 64 with an eigenvalue 30 over 0.3."""
+def looks(largest: float, num_samples: int, repetitions: int) -> tuple[Tensor, Tensor]:
+    """Values and errors of draws in 300 dimensions, the other 299 with an eigenvalue of 0.3."""
     generator = torch.Generator().manual_seed(0)
-    scale = torch.cat([torch.tensor([30.0]), torch.full((299,), 0.3)]).double().sqrt()
+    scale = torch.cat([torch.tensor([largest]), torch.full((299,), 0.3)]).double().sqrt()
     found = []
-    for _ in range(200):
-        g = torch.randn(64, 300, dtype=torch.float64, generator=generator) * scale
-        found.append([(e.value, e.error) for e in (covariance_lambda_max(g @ g.mT), held_out_lambda_max(g @ g.mT))])
-    values, errors = torch.tensor(found, dtype=torch.float64).unbind(2)
+    for _ in range(repetitions):
+        g = torch.randn(num_samples, 300, dtype=torch.float64, generator=generator) * scale
+        found.append(of(g).lambda_max())
+    values, errors = torch.tensor([(e.value, e.error) for e in found], dtype=torch.float64).unbind(1)
     return values, errors
 
 
-def test_an_isolated_eigenvalue_is_known_to_its_error(spiked: tuple[Tensor, Tensor]) -> None:
-    values, errors = spiked
-    ratio = errors.square().mean(0).sqrt() / values.std(0)
-    assert ratio.tolist() == pytest.approx([1, 1], abs=0.15)
+@pytest.mark.parametrize("num_samples", [16, 64])
+@pytest.mark.parametrize("largest", [30.0, 5.0])
+def test_an_eigenvalue_that_stands_clear_is_known_to_its_error(largest: float, num_samples: int) -> None:
+    values, errors = looks(largest, num_samples, 300)
+    ratio = errors.square().mean().sqrt().item() / values.std().item()
+    assert ratio == pytest.approx(1.05, abs=0.15)
 
 
-def test_the_largest_eigenvalue_is_biased_upward_and_the_held_out_one_downward(spiked: tuple[Tensor, Tensor]) -> None:
-    values, _ = spiked
-    mean, spread = values.mean(0), values.std(0) / 200**0.5
-    gamma = 299 * 0.3 / 64  # seen at ℓ + b, less the 1/N of the centering
-    assert abs(mean[0].item() - (30 * 63 / 64 + gamma)) < 3 * spread[0].item()
-    assert mean[1].item() < 30
-    assert mean[1].item() == pytest.approx(30, rel=0.1)
+@pytest.mark.parametrize("num_samples", [16, 64])
+def test_the_error_of_a_flat_spectrum_is_too_large_and_not_by_much(num_samples: int) -> None:
+    values, errors = looks(0.3, num_samples, 300)
+    ratio = errors.square().mean().sqrt().item() / values.std().item()
+    assert 1.3 < ratio < 2.2
 
 
-@pytest.mark.parametrize("num_samples", [7, 40])
-def test_the_held_out_eigenvalue_is_that_of_projections_in_parameter_space(num_samples: int) -> None:
-    g = randn(num_samples, 12) + 5
-    squares = []
-    for held in torch.arange(num_samples).tensor_split(min(16, num_samples)):
-        others = g[[i for i in range(num_samples) if i not in held]]
-        top = torch.linalg.eigh(torch.cov(others.mT)).eigenvectors[:, -1]
-        squares.append(((g[held] - others.mean(0)) @ top).square() / (1 + 1 / len(others)))
-    squares = torch.cat(squares)
-    found = held_out_lambda_max(g @ g.mT)
-    assert found.value == pytest.approx(squares.mean().item(), rel=1e-9)
-    assert found.error == pytest.approx(squares.std().item() / math.sqrt(num_samples), rel=1e-9)
-
-
-def test_the_held_out_eigenvalue_of_a_flat_spectrum_is_not_that_of_the_sample() -> None:
-    held, seen = [], []
-    for seed in range(100):
-        g = randn(64, 300, seed=seed)
-        held.append(held_out_lambda_max(g @ g.mT).value)
-        seen.append(covariance_lambda_max(g @ g.mT).value)
-    held = torch.tensor(held)
-    assert abs(held.mean().item() - 1) < 3 * held.std().item() / 10
-    assert torch.tensor(seen).mean().item() == pytest.approx((1 + math.sqrt(300 / 64)) ** 2, rel=0.05)
+def test_the_largest_eigenvalue_is_biased_upward() -> None:
+    values, _ = looks(30.0, 64, 300)
+    expected = 30 * 63 / 64 + 299 * 0.3 / 64  # seen at ℓ + b, less the 1/N of the centering
+    assert abs(values.mean().item() - expected) < 3 * values.std().item() / math.sqrt(300)
+    values, _ = looks(0.3, 64, 300)
+    assert values.mean().item() == pytest.approx(0.3 * (1 + math.sqrt(300 / 64)) ** 2, rel=0.05)
 
 
 def test_the_largest_eigenvalue_of_the_whole_dataset_has_no_error() -> None:
-    g = randn(20, 6)
-    assert covariance_lambda_max(g @ g.mT, dataset_size=20).error == 0
-    some, all_but_endless = (covariance_lambda_max(g @ g.mT, dataset_size=n).error for n in (40, None))
+    spectrum = of(randn(20, 6))
+    assert spectrum.lambda_max(dataset_size=20).error == 0
+    some, all_but_endless = (spectrum.lambda_max(dataset_size=n).error for n in (40, None))
     assert some == pytest.approx(all_but_endless * math.sqrt(0.5))
 
 
@@ -185,7 +211,7 @@ def test_ranks_of_ten_directions_in_noise() -> None:
 
 # ---- What is no Gram matrix
 
-DOORS = [covariance_spectrum, covariance_lambda_max, held_out_lambda_max, GradientMoments.from_gram, gradient_norm]
+DOORS = [covariance_spectrum, CovarianceSpectrum.from_gram, GradientMoments.from_gram, gradient_norm]
 
 
 @pytest.mark.parametrize("door", [*DOORS, mean_pairwise_cosine])
@@ -207,22 +233,18 @@ def test_what_is_no_matrix_of_inner_products_is_refused(door: type, gram: Tensor
         door(gram)
 
 
-def test_more_eigenvectors_than_gradients_are_refused() -> None:
-    for k in (0, 4):
-        with pytest.raises(ValueError, match="k="):
-            covariance_eigenvectors(torch.eye(3), k)
-
-
 def test_a_single_gradient_has_no_spread() -> None:
     one = torch.tensor([[4.0]])
     assert covariance_spectrum(one).tolist() == [0]
     assert covariance_spectrum(one, center=False).tolist() == [4]
-    assert covariance_lambda_max(one).error == math.inf
-    assert math.isnan(held_out_lambda_max(one).value)
+    for g in (torch.tensor([[2.0]]), randn(2, 5)):  # without one of two, there is none either
+        assert of(g).lambda_max().error == math.inf
+        assert of(g).lambda_max(dataset_size=len(g)).error == 0
 
 
 def test_gradients_that_are_zero_have_a_spectrum_of_zeros() -> None:
     zero = torch.zeros(5, 5)
     assert covariance_spectrum(zero).tolist() == [0] * 5
-    assert covariance_lambda_max(zero).value == held_out_lambda_max(zero).value == 0
+    largest = CovarianceSpectrum.from_gram(zero).lambda_max()
+    assert (largest.value, largest.error) == (0, 0)
     assert math.isnan(effective_rank(covariance_spectrum(zero)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from spectral_callbacks.linalg import Estimate
 from spectral_callbacks.metrics import jackknife
 from spectral_callbacks.metrics.gradient_noise import GradientMoments, gradient_norm, mean_pairwise_cosine
-from spectral_callbacks.metrics.pair_mean import PairMean, covariance_with_mean
+from spectral_callbacks.metrics.pair_mean import PairMean
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -99,7 +99,7 @@ def test_the_pair_mean_and_its_parts_are_those_of_sums_over_different_samples() 
     assert found.linear == pytest.approx(4 / N * max(three - four, 0))
     assert found.quadratic == pytest.approx(2 / (N * (N - 1)) * max(two - 2 * three + four, 0))
     product = f.mean().item() * found.value
-    assert covariance_with_mean(K, f) == pytest.approx(product - mean(lambda i, j, k: f[i] * K[j, k], 3))
+    assert found.covariance_with(f) == pytest.approx(product - mean(lambda i, j, k: f[i] * K[j, k], 3))
 
 
 def test_the_diagonal_plays_no_part_in_a_pair_mean() -> None:

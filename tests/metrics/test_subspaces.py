@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectral_callbacks.linalg import Estimate
-from spectral_callbacks.metrics.covariance_spectrum import covariance_eigenvectors
+from spectral_callbacks.metrics.covariance_spectrum import CovarianceSpectrum
 from spectral_callbacks.metrics.subspaces import (
     covariance_overlap,
     noise_curvature_alignment,
@@ -26,6 +26,11 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def basis(n: int, k: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(randn(n, k, seed=seed)).Q
+
+
+def eigenvectors(g: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    spectrum = CovarianceSpectrum.from_gram(g @ g.mT)
+    return spectrum.values[:k], spectrum.vectors[:, :k]
 
 
 # ---- Subspaces
@@ -70,7 +75,7 @@ def test_a_subspace_of_everything_is_no_surprise() -> None:
 
 def test_the_covariance_overlaps_as_its_eigenvectors_in_parameter_space_do() -> None:
     g, V = randn(9, 25) + 1, basis(25, 3, seed=1)
-    values, U = covariance_eigenvectors(g @ g.mT, 4)
+    values, U = eigenvectors(g, 4)
     found = covariance_overlap(values, U, g @ V, dimension=25)
     explicit = torch.linalg.eigh(torch.cov(g.mT)).eigenvectors.flip(1)[:, :4]
     torch.testing.assert_close(found.cosines, subspace_overlap(explicit, V).cosines)
@@ -81,7 +86,7 @@ def test_the_covariance_overlaps_as_its_eigenvectors_in_parameter_space_do() -> 
 
 def test_eigenvectors_without_an_eigenvalue_are_left_out() -> None:
     g, V = randn(9, 2) @ randn(2, 25, seed=2), basis(25, 3, seed=1)
-    values, U = covariance_eigenvectors(g @ g.mT, 6)
+    values, U = eigenvectors(g, 6)
     found = covariance_overlap(values, U, g @ V, dimension=25)
     assert found.dimensions == (2, 3, 25)
     torch.testing.assert_close(found.cosines, covariance_overlap(values[:2], U[:, :2], g @ V, dimension=25).cosines)
@@ -93,7 +98,7 @@ def test_eigenvectors_without_an_eigenvalue_are_left_out() -> None:
 def test_a_planted_common_subspace_is_found_among_noise() -> None:
     V = basis(400, 4)
     g = randn(64, 400, seed=1) + 20 * randn(64, 4, seed=2) @ V.mT
-    values, U = covariance_eigenvectors(g @ g.mT, 4)
+    values, U = eigenvectors(g, 4)
     found = covariance_overlap(values, U, g @ V, dimension=400)
     assert found.value > 0.9
     other = covariance_overlap(values, U, g @ basis(400, 4, seed=3), dimension=400)
@@ -108,7 +113,7 @@ def test_what_is_no_basis_is_refused() -> None:
     with pytest.raises(ValueError, match="shapes"):
         subspace_overlap(basis(5, 2), basis(6, 2))
     g = randn(9, 25)
-    values, U = covariance_eigenvectors(g @ g.mT, 2)
+    values, U = eigenvectors(g, 2)
     with pytest.raises(ValueError, match="cosine"):
         covariance_overlap(values, U, 3 * g, dimension=25)
     with pytest.raises(ValueError, match="in 25 dimensions"):
