@@ -1,15 +1,24 @@
-"""CPU time, measured side by side: contestants take turns in one process on one thread, and medians are compared."""
+"""CPU time, measured side by side: contestants take turns in one process on one thread, and medians are compared.
+
+Peak memory, in a fresh process each.
+"""
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import ctypes
 import dataclasses
 import functools
 import gc
+import multiprocessing
+import os
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import threadpoolctl
@@ -22,8 +31,7 @@ def options(description: str | None) -> argparse.Namespace:
     """Read the command line and put torch and BLAS on one thread."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke run: fewer repetitions, costs are not judged")
-    torch.set_num_threads(1)
-    threadpoolctl.threadpool_limits(1)
+    _one_thread()
     gc.freeze()  # what was imported is no garbage, and looking it through takes as long as a small measurement
     return parser.parse_args()
 
@@ -67,6 +75,45 @@ def taking_turns(
 def median_seconds(runs: Sequence[Timed[Result]]) -> float:
     """Return the median CPU time."""
     return statistics.median(run.seconds for run in runs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """The most memory that a process held while a call ran, in MiB: what the call added, and all of it."""
+
+    added: float
+    whole: float
+
+
+def peak_memory(call: Callable[[], object]) -> Peak:
+    """Run a call, best the only one of its process (`in_fresh_process`); Linux only."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    call()
+    whole = _resident("VmHWM")
+    return Peak(whole - before, whole)
+
+
+def _resident(field: str) -> float:
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {field}")
+    return int(found[1]) / 1024
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
+    """Return what a function at the top level of a module returns in a new process, on one thread."""
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_one_thread) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1)
 
 
 class Claims:

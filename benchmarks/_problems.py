@@ -101,19 +101,29 @@ def mlp(*, seed: int = 0, num_steps: int = 300) -> Problem:
     return train(Problem("MLP", model, F.cross_entropy, x, y), optimizer, ((x[i], y[i]) for i in stream))
 
 
-class _Block(nn.Module):
-    def __init__(self, width_in: int, width: int) -> None:
+class Block(nn.Module):
+    """Two convolutions beside a shortcut; a wider block halves the image."""
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        activation: Callable[[Tensor], Tensor] = F.relu,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         stride = 1 if width_in == width else 2
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.norm1 = norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.norm2 = norm(width)
         self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(width_in, width, 1, stride, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
+    def forward(self, x: Tensor) -> Tensor:  # (batch, width_in, height, width)
+        """Return the features."""
+        y = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
+        return self.activation(y + self.shortcut(x))
 
 
 def images() -> tuple[Tensor, Tensor]:  # (1797, 1, 16, 16), (1797,)
@@ -128,7 +138,7 @@ def resnet(*, seed: int = 0, num_steps: int = 100) -> Problem:
     with seeded(seed):
         model = nn.Sequential(
             nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-            _Block(8, 8), _Block(8, 16), _Block(16, 32),
+            Block(8, 8), Block(8, 16), Block(16, 32),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
         )  # fmt: skip
     stream = itertools.islice(shuffled(len(x), 64, seed), num_steps)
@@ -175,7 +185,7 @@ def resnet50(seed: int, *, width: int = 64) -> nn.Sequential:
         )  # fmt: skip
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """A pre-norm block whose attention is written out, so that every peer can differentiate it twice."""
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -188,6 +198,7 @@ class _Attention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, length, width)
+        """Return the new residual stream."""
         batch, length, width = x.shape
         q, k, v = (
             t.view(batch, length, self.num_heads, -1).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1)
@@ -213,7 +224,7 @@ class CharTransformer(nn.Module):
         super().__init__()
         self.symbol = nn.Embedding(num_symbols, width)
         self.place = nn.Parameter(0.02 * torch.randn(length, width))
-        self.blocks = nn.Sequential(*(_Attention(width, num_heads=4) for _ in range(num_layers)))
+        self.blocks = nn.Sequential(*(Attention(width, num_heads=4) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_symbols)
 

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectral_callbacks.callbacks import GradientCovariance as GradientCovariance
     from spectral_callbacks.callbacks import HessianSpectrum as HessianSpectrum
     from spectral_callbacks.callbacks import Sharpness as Sharpness
     from spectral_callbacks.callbacks import SpectralCallback as SpectralCallback
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "GradientCovariance": "callbacks",
     "HessianSpectrum": "callbacks",
     "Sharpness": "callbacks",
     "SpectralCallback": "callbacks",
@@ -74,6 +76,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "GaussNewton",
+    "GradientCovariance",
     "Hessian",
     "HessianSpectrum",
     "LinearOperator",

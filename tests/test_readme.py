@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spectral_callbacks import HessianSpectrum, Sharpness, SpectralCallback, TraceStability
+from spectral_callbacks import GradientCovariance, HessianSpectrum, Sharpness, SpectralCallback, TraceStability
 from tests.callbacks.runs import Regression, fit, loader, sgd
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -41,9 +41,10 @@ class Plain(Regression):
 
 
 @pytest.mark.filterwarnings("ignore:.*left out:UserWarning")
-@pytest.mark.parametrize("kind", [Sharpness, TraceStability, HessianSpectrum])
+@pytest.mark.parametrize("kind", [Sharpness, TraceStability, HessianSpectrum, GradientCovariance])
 def test_its_tables_of_tags_name_what_a_run_logs(kind: type[SpectralCallback]) -> None:
-    callback = kind(every_n_steps=2, outputs="net", num_batches=2)
+    own: dict[str, Any] = {"hessian": True} if kind is GradientCovariance else {}
+    callback = kind(every_n_steps=2, outputs="net", num_batches=2, **own)
     fit(Plain(), callback, data=loader(128, 32), max_epochs=2)
     logged = {re.sub(r"lambda_\d+", "lambda_2", tag) for tag in callback.history[-1]} - {"step", "cost/overhead"}
     logged = {tag for tag in logged if not tag.endswith(("_residual", "_error"))}
@@ -52,6 +53,10 @@ def test_its_tables_of_tags_name_what_a_run_logs(kind: type[SpectralCallback]) -
     named = {tag for row in rows for tag in re.findall(r"`(\w+/\w+)`", row)}
     on_request = {"sharpness/preconditioned_lambda_max", "sharpness/preconditioned_threshold"}
     on_request |= {"sharpness/lambda_2", "sharpness/lambda_min"} if kind is Sharpness else set()
+    on_request |= (
+        {"gradient/within_class_trace", "gradient/between_class_trace"} if kind is GradientCovariance else set()
+    )
+    logged |= {"gradient/noise_scale_high"} if kind is GradientCovariance else set()  # left out where it has no end
     named = {tag for tag in named if not tag.endswith("_error")} - {"cost/overhead"}
     assert logged == named - on_request
 

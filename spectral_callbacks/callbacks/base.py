@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
@@ -15,9 +14,12 @@ from torch.utils.data import DataLoader
 
 from spectral_callbacks.callbacks.batches import Data
 from spectral_callbacks.callbacks.conductor import Conductor
-from spectral_callbacks.callbacks.loss import Loss, fetches_batches
+from spectral_callbacks.callbacks.dotted import resolved
+from spectral_callbacks.callbacks.loss import Loss
 from spectral_callbacks.callbacks.muting import Precision
 from spectral_callbacks.callbacks.reading import Reading
+from spectral_callbacks.callbacks.refusals import refusal
+from spectral_callbacks.callbacks.rider import Rider
 from spectral_callbacks.callbacks.schedule import Schedule
 from spectral_callbacks.probe import Mode, Probe, named_module
 from spectral_callbacks.tags import Chart, check_tag, rename
@@ -59,7 +61,10 @@ class SpectralCallback(pl.Callback, abc.ABC):
 
     diagnostic: ClassVar[str]
     charts: tuple[Chart, ...] = ()
-    differentiates_twice: ClassVar[bool] = False
+    differentiates_twice: bool = False
+    shares_eigenpairs: ClassVar[bool] = False  # hands those of the Hessian on to the others on its probe
+    takes_eigenpairs: ClassVar[bool] = False  # takes them, and so measures last
+    rider: Rider | None = None  # looks on at the backward pass of training instead of opening a probe
     more_families: ClassVar[tuple[str, ...]] = ()  # first segments of its tags beside `diagnostic`
 
     def __init__(
@@ -101,7 +106,7 @@ class SpectralCallback(pl.Callback, abc.ABC):
         self.data: Data = data
         self.num_batches = num_batches
         self.mode: Mode = mode
-        self.loss: Loss | None = _resolve(loss)
+        self.loss: Loss | None = None if loss is None else resolved(loss, "loss", "(pl_module, batch) -> scalar Tensor")
         self.outputs = outputs
         self.precision: Precision = precision
         self.optimizer = optimizer
@@ -185,30 +190,7 @@ class SpectralCallback(pl.Callback, abc.ABC):
 
     def refusal(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
         """Return why this run cannot be measured, or None."""
-        if trainer.world_size > 1:
-            return (
-                f"this diagnostic does not run on several processes yet, and the trainer has {trainer.world_size}. "
-                "Use devices=1 for a run that is measured."
-            )
-        if self.optimizer >= len(trainer.optimizers):
-            return (
-                f"optimizer={self.optimizer}, but the module configures {len(trainer.optimizers)}. "
-                "Pass an index below that."
-            )
-        owned = {id(p) for group in trainer.optimizers[self.optimizer].param_groups for p in group["params"]}
-        if not any(id(p) in owned for p in module.parameters()):
-            return f"optimizer {self.optimizer} holds no parameter of the module, so it trains nothing to be measured."
-        if self.loss is None and not module.automatic_optimization:
-            return (
-                "under manual optimization training_step steps the optimizers itself and is not run again. Pass "
-                "loss=(pl_module, batch) -> scalar Tensor."
-            )
-        if fetches_batches(module) and (self.loss is None or self.data in ("fixed", "current")):
-            return (
-                "training_step fetches its own batches (dataloader_iter), so it is not run again and none is at hand. "
-                "Pass loss=, and a DataLoader as data=."
-            )
-        return None
+        return refusal(trainer, module, loss=self.loss, data=self.data, optimizer=self.optimizer)
 
     # Lightning's hooks: the first spectral callback of the trainer conducts, the others are conducted.
 
@@ -246,9 +228,14 @@ class SpectralCallback(pl.Callback, abc.ABC):
         if conductor := self._leads:
             conductor.before_batch(trainer, pl_module, batch, batch_idx)
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Let those that are due ride on this backward pass."""
+        if conductor := self._leads:
+            conductor.before_backward(trainer, loss)
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare the parameters that training reached with those that the probe reached."""
-        if (conductor := self._leads) and conductor.awaits_gradients:
+        """Measure what rode along; compare the parameters that training reached with those that the probe reached."""
+        if conductor := self._leads:
             conductor.after_backward(trainer)
 
     def on_before_optimizer_step(
@@ -268,6 +255,16 @@ class SpectralCallback(pl.Callback, abc.ABC):
         if conductor := self._leads:
             conductor.stop(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Take all hooks away."""
+        if conductor := self._leads:
+            conductor.release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take all hooks away."""
+        if conductor := self._leads:
+            conductor.release()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the clock and the fixed batches, the same for all callbacks: any of them brings them back."""
         return self._conductor.state_dict() if self._conductor else {}
@@ -281,17 +278,3 @@ class SpectralCallback(pl.Callback, abc.ABC):
 def _check_choice(name: str, value: object, choices: tuple[str, ...], *, or_else: str = "") -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}{or_else}.")
-
-
-def _resolve(loss: Callable[[Any, Any], Tensor] | str | None) -> Loss | None:
-    if loss is not None and not isinstance(loss, str) and not callable(loss):
-        raise ValueError(f"loss={loss!r} must be a function (pl_module, batch) -> scalar Tensor, or its dotted path.")
-    if not isinstance(loss, str):
-        return loss
-    module, _, attribute = loss.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"loss={loss!r} must be the dotted path of a function (pl_module, batch) -> scalar Tensor: {error}."
-        ) from error

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 from spectral_callbacks.callbacks.reading import Reading, Spectrum
-from spectral_callbacks.linalg import Density, Eigenpairs, Status
+from spectral_callbacks.linalg import Density, Eigenpairs, Estimate, Status
 
 
 @dataclasses.dataclass
@@ -28,6 +28,10 @@ class Findings:
         """Count the products of a computation, and remember how it ended."""
         self.statuses.append(ended.status)
         self.num_matvecs += ended.num_matvecs
+
+    def add_estimate(self, tag: str, estimate: Estimate) -> None:
+        """Add an estimate under its tag, and its standard error as `<tag>_error`."""
+        self.readings |= {tag: estimate.value, f"{tag}_error": estimate.error}
 
     def add_largest(self, family: str, pairs: Eigenpairs) -> None:
         """Add the largest eigenvalues as `lambda_max`, `lambda_2` and so on, each with its residual."""

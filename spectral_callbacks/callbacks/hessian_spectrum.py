@@ -92,7 +92,8 @@ class HessianSpectrum(SpectralCallback):
     """
 
     diagnostic: ClassVar[str] = "hessian"
-    differentiates_twice: ClassVar[bool] = True
+    differentiates_twice: bool = True
+    shares_eigenpairs: ClassVar[bool] = True
     more_families: ClassVar[tuple[str, ...]] = ("gauss_newton", "features")
     charts: tuple[Chart, ...] = ()
 
@@ -152,7 +153,8 @@ class HessianSpectrum(SpectralCallback):
         gauss_newton = self._compare(hessian, probe, found)
         num_outputs, num_rows = (1, probe.num_samples) if gauss_newton is None else _outputs(gauss_newton)
         counts = self._counts_outliers(num_outputs, num_rows)
-        self._look_at("hessian", hessian, self._top, self._bottom, probe, found, counts=counts)
+        largest = self._look_at("hessian", hessian, self._top, self._bottom, probe, found, counts=counts)
+        probe.share_eigenpairs(largest)
         if gauss_newton is not None and self._gauss_newton:
             top = self._top_of_gauss_newton
             self._look_at("gauss_newton", gauss_newton, top, None, probe, found, counts=counts)
@@ -179,8 +181,8 @@ class HessianSpectrum(SpectralCallback):
         found: Findings,
         *,
         counts: bool,
-    ) -> None:
-        """Find the spectrum of one matrix."""
+    ) -> Eigenpairs:
+        """Find the spectrum of one matrix, and return its largest eigenpairs."""
         largest = top(A, generator=probe.generator)
         found.add_largest(name, largest)
         statuses = [largest.status]
@@ -199,6 +201,7 @@ class HessianSpectrum(SpectralCallback):
             found.readings |= self._distribution(name, density, largest, signed=bottom is not None)
             if counts:
                 found.readings |= self._bulk(name, largest, A.shape[0])
+        return largest
 
     def _distribution(self, name: str, density: Density, largest: Eigenpairs, *, signed: bool) -> dict[str, Reading]:
         nodes, weights = density.nodes[density.weights > 0], density.weights[density.weights > 0]

@@ -14,6 +14,7 @@ from spectral_callbacks.linalg import Estimate
 from spectral_callbacks.metrics import SampleHessians, alignment, directional_condition, jackknife
 from spectral_callbacks.operators import SampleCurvature
 
+_ENDLESS = 10**12  # samples: nothing that is seen of so many makes a difference
 _NUM_GROUPS = 10  # of samples that the jackknife leaves out in turn
 
 
@@ -55,11 +56,6 @@ def sample_conditions(
         error = jackknife(statistic, count, dataset_size=n, num_groups=_NUM_GROUPS)
         return Estimate(statistic(torch.arange(count)), error, count)
 
-    def aligned(chosen: Tensor) -> float:
-        gram = curved.gram[chosen][:, :, chosen]
-        slopes, curvatures, losses = curved.slopes[chosen], curved.curvatures[chosen], curved.losses[chosen]
-        return alignment(gram, slopes, curvatures, losses, dataset_size=n)
-
     conditions: dict[str, Estimate] = {}
     if not sampling.unknown:
         kind: dict[str, Any] = dataclasses.asdict(sampling)
@@ -68,4 +64,22 @@ def sample_conditions(
             "directional_ratio": estimate(lambda i: directional_condition(along[i], **kind), len(along)),
         }
     norm = estimate(lambda i: samples.take(i).frobenius_norm(dataset_size=n))
-    return SampleConditions(samples.trace(), norm, estimate(aligned), conditions)
+    return SampleConditions(samples.trace(), norm, loss_noise_alignment(curved, n), conditions)
+
+
+def loss_noise_alignment(curved: SampleCurvature, dataset_size: int | None) -> Estimate:
+    """Return μ of `spectral_callbacks.metrics.alignment`, with a jackknife error.
+
+    Args:
+        curved: Of m samples.
+        dataset_size: n, samples that they were drawn from without replacement; infinite if None.
+    """
+    m = len(curved.losses)
+    n = _ENDLESS if dataset_size is None else dataset_size
+
+    def aligned(chosen: Tensor) -> float:
+        gram = curved.gram[chosen][:, :, chosen]
+        slopes, curvatures, losses = curved.slopes[chosen], curved.curvatures[chosen], curved.losses[chosen]
+        return alignment(gram, slopes, curvatures, losses, dataset_size=n)
+
+    return Estimate(aligned(torch.arange(m)), jackknife(aligned, m, dataset_size=n, num_groups=_NUM_GROUPS), m)

@@ -7,6 +7,8 @@ import dataclasses
 import lightning.pytorch as pl
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
 
+from spectral_callbacks.callbacks.batches import Data, second_train_loader
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -44,18 +46,46 @@ def sampling_of(trainer: pl.Trainer) -> Sampling:
     A plain loader and a shuffled one tell everything. One with a sampler of the user's or an iterable dataset tells its
     batch size alone, several loaders side by side and what is no DataLoader nothing.
     """
-    loader = trainer.train_dataloader
-    batches = loader.batch_sampler if isinstance(loader, DataLoader) else None
-    if not isinstance(batches, BatchSampler):
+    batches = _batches(trainer.train_dataloader)
+    if batches is None:
         return Sampling(None, None, None)
     batch_size = batches.batch_size * trainer.accumulate_grad_batches
-    sampler = batches.sampler
-    if isinstance(sampler, RandomSampler):
-        size, replacement = len(sampler.data_source), sampler.replacement
-    elif isinstance(sampler, (SequentialSampler, SubsetRandomSampler)):
-        size, replacement = len(sampler), False
-    else:
+    size, replacement = _drawn_from(batches.sampler)
+    if size is None:
         return Sampling(batch_size, None, None)
-    if isinstance(sampler, SequentialSampler):  # then limit_train_batches leaves out the same samples every epoch
+    if isinstance(batches.sampler, SequentialSampler):  # limit_train_batches leaves out the same samples every epoch
         size = int(min(size, batches.batch_size * trainer.num_training_batches))
     return Sampling(batch_size if replacement else min(batch_size, size), size, replacement)
+
+
+def population(trainer: pl.Trainer, data: Data) -> int | None:
+    """Return the number of samples that those of a diagnostic are drawn from without replacement; None if endless.
+
+    Args:
+        trainer: In a fit.
+        data: The diagnostic's; the seed of a second loader makes no difference here.
+    """
+    if data in ("fixed", "current"):
+        drawn = sampling_of(trainer)
+        return drawn.dataset_size if drawn.replacement is False else None
+    try:
+        loader = second_train_loader(trainer, seed=0) if data == "train" else data
+    except ValueError:  # loading will say why
+        return None
+    batches = _batches(loader)
+    size, replacement = (None, None) if batches is None else _drawn_from(batches.sampler)
+    return size if replacement is False else None
+
+
+def _batches(loader: object) -> BatchSampler | None:
+    batches = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    return batches if isinstance(batches, BatchSampler) else None
+
+
+def _drawn_from(sampler: object) -> tuple[int, bool] | tuple[None, None]:
+    """Return how many samples a sampler draws from, and whether with replacement; None where that is not known."""
+    if isinstance(sampler, RandomSampler):
+        return len(sampler.data_source), sampler.replacement
+    if isinstance(sampler, (SequentialSampler, SubsetRandomSampler)):
+        return len(sampler), False
+    return None, None

@@ -8,6 +8,9 @@ import math
 import time
 from typing import Any, Literal
 
+import lightning.pytorch as pl
+import torch
+
 Every = int | Literal["geometric"] | None
 _PER_DECADE = 10
 _REMEMBERED = 3
@@ -83,6 +86,7 @@ class Budget:
         self._started: float | None = None
         self._measured_at = 0.0
         self._is_cold = True
+        self._paid_step: int | None = None
         self._costs: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
 
     @property
@@ -112,9 +116,18 @@ class Budget:
         if budgeted:
             self._budgeted += seconds
 
-    def pay_measurement(self, seconds: float) -> None:
-        """Book the cost of a measurement, and expect the like of it."""
+    def pay_measurement(self, seconds: float, *, step: int) -> None:
+        """Book the cost of a measurement, and expect the like of it.
+
+        Args:
+            seconds: That it took.
+            step: Where it took place: what comes at one step is one measurement.
+        """
         self.pay(seconds)
+        if step == self._paid_step:
+            self._costs[-1] += seconds
+            return
+        self._paid_step = step
         if len(self._costs) == 1 and self._is_cold:  # the first search starts from nothing; no later one costs as much
             self._costs.clear()
             self._is_cold = False
@@ -139,5 +152,14 @@ class Budget:
         self._budgeted = state["budgeted"]
         self._elapsed = state["elapsed"]
         self._measured_at = self._elapsed
+        self._paid_step = None
         self._costs.clear()
         self._costs.extend(state["costs"])
+
+
+def clock(trainer: pl.Trainer) -> float:
+    """Return a time in seconds, once the device has done what it was asked to."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -70,7 +70,8 @@ class Sharpness(SpectralCallback):
     """
 
     diagnostic: ClassVar[str] = "sharpness"
-    differentiates_twice: ClassVar[bool] = True
+    differentiates_twice: bool = True
+    shares_eigenpairs: ClassVar[bool] = True
     charts: tuple[Chart, ...] = (_PLAIN, _RATIOS)
 
     def __init__(
@@ -114,6 +115,7 @@ class Sharpness(SpectralCallback):
         """Return the largest eigenvalues, and where they lie against the edge at this step."""
         hessian = probe.operator(Hessian)
         top = self._top(hessian, generator=probe.generator)
+        probe.share_eigenpairs(top)
         found = Findings()
         found.add_largest("sharpness", top)
         if self._bottom is not None:

@@ -107,7 +107,7 @@ class TraceStability(SpectralCallback):
     """
 
     diagnostic: ClassVar[str] = "trace"
-    differentiates_twice: ClassVar[bool] = True
+    differentiates_twice: bool = True
     charts: tuple[Chart, ...] = ()
 
     def __init__(

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from spectral_callbacks.demo.synthetic import data_generator
+
 _NUM_IMAGES = 1797
+_NUM_CLASSES = 10
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):
@@ -49,22 +52,29 @@ class DigitsDataModule(pl.LightningDataModule):
     Args:
         batch_size: Images in a training batch; None or 0 for all of them in one, which is full-batch training.
         num_train: Training images; the rest of the 1,797 validates and tests.
-        seed: Fixes the split and the order of the batches.
+        seed: Fixes the split, the order of the batches and the wrong labels.
+        label_noise: Share of the training images whose class is replaced by one drawn at random, which is the true one
+            in a tenth of them; drawn once, so that every epoch sees the same. Validation keeps the true classes.
 
     Raises:
-        ValueError: If the sizes are out of range.
+        ValueError: If the sizes or the share are out of range.
         ModuleNotFoundError: On `setup`, if scikit-learn is missing.
     """
 
-    def __init__(self, batch_size: int | None = 64, num_train: int = 1000, seed: int = 0) -> None:
+    def __init__(
+        self, batch_size: int | None = 64, num_train: int = 1000, seed: int = 0, label_noise: float = 0.0
+    ) -> None:
         super().__init__()
         if not 0 < num_train < _NUM_IMAGES:
             raise ValueError(f"num_train={num_train!r} must lie between 1 and {_NUM_IMAGES - 1}: the rest validates.")
         if batch_size is not None and batch_size < 0:
             raise ValueError(f"batch_size={batch_size!r} must be positive, or 0 for all images in one batch.")
+        if not 0 <= label_noise <= 1:
+            raise ValueError(f"label_noise={label_noise!r} is a share of the training images: it must lie in [0, 1].")
         self.batch_size = batch_size or num_train
         self.num_train = num_train
         self.seed = seed
+        self.label_noise = label_noise
 
     def setup(self, stage: str) -> None:
         """Load, split and standardise."""
@@ -73,7 +83,7 @@ class DigitsDataModule(pl.LightningDataModule):
         train, val = order[: self.num_train], order[self.num_train :]
         deviation, mean = torch.std_mean(images[train], dim=0, correction=0)
         images = (images - mean) / torch.where(deviation > 0, deviation, 1)  # some pixels of the rim are blank
-        self._train = Samples(images[train], classes[train])
+        self._train = Samples(images[train], self._noisy(classes[train]))
         self._val = Samples(images[val], classes[val])
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -93,6 +103,13 @@ class DigitsDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the validation images."""
         return self.val_dataloader()
+
+    def _noisy(self, classes: Tensor) -> Tensor:
+        """Return the classes with a share of them drawn anew; more noise is the same noise and more of it."""
+        generator = data_generator(self.seed)
+        chosen = torch.randperm(len(classes), generator=generator)[: round(self.label_noise * len(classes))]
+        drawn = torch.randint(_NUM_CLASSES, (len(classes),), generator=generator)
+        return classes.index_copy(0, chosen, drawn[chosen])
 
 
 def _load() -> tuple[Tensor, Tensor]:

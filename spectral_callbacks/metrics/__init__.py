@@ -5,8 +5,6 @@ from spectral_callbacks.metrics.class_covariance import class_covariance as clas
 from spectral_callbacks.metrics.conditioning import condition_number as condition_number
 from spectral_callbacks.metrics.conditioning import unfitted_modes as unfitted_modes
 from spectral_callbacks.metrics.covariance_spectrum import CovarianceSpectrum as CovarianceSpectrum
-from spectral_callbacks.metrics.covariance_spectrum import covariance_eigenvectors as covariance_eigenvectors
-from spectral_callbacks.metrics.covariance_spectrum import covariance_lambda_max as covariance_lambda_max
 from spectral_callbacks.metrics.covariance_spectrum import covariance_spectrum as covariance_spectrum
 from spectral_callbacks.metrics.covariance_spectrum import effective_rank as effective_rank
 from spectral_callbacks.metrics.covariance_spectrum import participation_ratio as participation_ratio

@@ -279,14 +279,3 @@ def _larger_of_two(a: float, b: float, square: float) -> float:
 def finite_size(num_samples: int, dataset_size: int | None) -> int:
     """Return a dataset's size for `jackknife`: for an infinite one, so many that N make no difference."""
     return dataset_size if dataset_size is not None else num_samples * 10**15
-
-
-def covariance_eigenvectors(gram: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest eigenvalues and their vectors."""
-    found = CovarianceSpectrum.from_gram(gram)
-    return found.values[:k], found.vectors[:, :k]
-
-
-def covariance_lambda_max(gram: Tensor, *, dataset_size: int | None = None) -> Estimate:
-    """Return the largest eigenvalue."""
-    return CovarianceSpectrum.from_gram(gram).lambda_max(dataset_size=dataset_size)

@@ -95,7 +95,7 @@ def covariance_overlap(
 
     Args:
         values: σ, largest eigenvalues of the covariance; those that are 0 have no vector, and are left out.
-        vectors: u, as `covariance_eigenvectors` returns them.
+        vectors: u, as `CovarianceSpectrum` has them.
         along: P, inner products of each sample's gradient with the basis, for example of Hessian eigenvectors.
         dimension: n, number of parameters.
 

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor, nn
 
-from spectral_callbacks.callbacks import HessianSpectrum, Sharpness, SpectralCallback, conductor
+from spectral_callbacks.callbacks import HessianSpectrum, Sharpness, SpectralCallback, schedule
 from tests.callbacks.runs import Regression, Watch, complaints, fit, loader, plain_loss, series, sgd, steps
 from tests.faults import NestedBackward, OnceSquare, SkewedSquare
 
@@ -89,7 +89,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(conductor.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(schedule.time, "perf_counter", clock.perf_counter)
     return clock
 
 

@@ -82,7 +82,7 @@ def simulate(clock: Clock, budget: Budget, *, share: float, step: float, cost: f
         if budget.affords(share):
             measured.append(index)
             clock.now += cost
-            budget.pay_measurement(cost)
+            budget.pay_measurement(cost, step=index)
         clock.now += step
     return measured
 
@@ -110,7 +110,7 @@ def test_what_comes_once_is_paid_back_but_not_expected_again(clock: Clock) -> No
     budget = Budget()
     budget.start()
     budget.pay(10.0)
-    budget.pay_measurement(0.1)
+    budget.pay_measurement(0.1, step=0)
     clock.now += 10.1
     assert not budget.affords(0.1)
     clock.now += 92.0
@@ -120,10 +120,10 @@ def test_what_comes_once_is_paid_back_but_not_expected_again(clock: Clock) -> No
 def test_the_cold_first_search_is_paid_back_but_not_expected_again(clock: Clock) -> None:
     budget = Budget()
     budget.start()
-    budget.pay_measurement(30.0)
+    budget.pay_measurement(30.0, step=0)
     clock.now += 500.0
     assert not budget.affords(0.1), "the first is expected again until there is a second"
-    budget.pay_measurement(1.0)
+    budget.pay_measurement(1.0, step=1)
     clock.now += 20.0
     assert budget.affords(0.1)
 
@@ -131,19 +131,34 @@ def test_the_cold_first_search_is_paid_back_but_not_expected_again(clock: Clock)
 def test_the_dearest_of_the_last_three_is_expected(clock: Clock) -> None:
     budget = Budget()
     budget.start()
-    for cost in (1.0, 50.0, 1.0, 1.0):
-        budget.pay_measurement(cost)
+    for step, cost in enumerate((1.0, 50.0, 1.0, 1.0)):
+        budget.pay_measurement(cost, step=step)
     clock.now += 900.0
     assert not budget.affords(0.1)
-    budget.pay_measurement(1.0)
+    budget.pay_measurement(1.0, step=4)
     clock.now += 10.0
     assert budget.affords(0.1)
+
+
+def test_a_measurement_that_is_paid_in_two_parts_is_expected_whole(clock: Clock) -> None:
+    budget = Budget()
+    budget.start()
+    for step in range(3):
+        budget.pay_measurement(1.0, step=step)
+        budget.pay_measurement(4.0, step=step)
+    assert budget.spent == 15.0
+    clock.now += 1000.0
+    budget.pay_measurement(1.0, step=3)
+    clock.now += 40.0
+    assert not budget.affords(0.1), "5 in 45"
+    clock.now += 6.0
+    assert budget.affords(0.1), "5 in 51"
 
 
 def test_what_no_budget_limits_is_shown_but_not_held_against_it(clock: Clock) -> None:
     budget = Budget()
     budget.start()
-    budget.pay_measurement(0.1)
+    budget.pay_measurement(0.1, step=0)
     clock.now += 100.0
     budget.pay(90.0, budgeted=False)
     assert budget.overhead == pytest.approx(0.901)
@@ -153,7 +168,7 @@ def test_what_no_budget_limits_is_shown_but_not_held_against_it(clock: Clock) ->
 def test_what_a_quiet_time_leaves_over_is_not_spent_in_a_burst(clock: Clock) -> None:
     budget = Budget()
     budget.start()
-    budget.pay_measurement(1.0)
+    budget.pay_measurement(1.0, step=-1)
     clock.now += 1000.0
     measured = simulate(clock, budget, share=0.1, step=1.0, cost=1.0, num_steps=50)
     assert measured[0] == 0
@@ -178,7 +193,7 @@ def test_time_before_the_start_and_after_the_stop_does_not_count(clock: Clock) -
 def test_a_resumed_run_goes_on_with_time_debt_and_expectation(clock: Clock) -> None:
     first = Budget()
     first.start()
-    first.pay_measurement(5.0)
+    first.pay_measurement(5.0, step=0)
     clock.now += 10.0
     state = first.state_dict()
     clock.now += 1000.0

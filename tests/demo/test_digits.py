@@ -65,6 +65,54 @@ def test_training_and_validation_share_no_image_and_leave_none_out() -> None:
     assert not set(map(tuple, images.tolist())) & set(map(tuple, others.tolist()))
 
 
+@pytest.mark.parametrize(("label_noise", "num_drawn"), [(0.2, 200), (1.0, 1000), (0.0004, 0)])
+def test_label_noise_draws_its_share_of_the_training_classes_anew(label_noise: float, num_drawn: int) -> None:
+    ((images, true),) = batches(DigitsDataModule(batch_size=0))
+    ((same, noisy),) = batches(DigitsDataModule(batch_size=0, label_noise=label_noise))
+    torch.testing.assert_close(same, images, rtol=0, atol=0)
+    num_wrong = int((noisy != true).sum())
+    deviation = (num_drawn * 0.9 * 0.1) ** 0.5  # a drawn class is the true one in a tenth of the cases
+    assert abs(num_wrong - 0.9 * num_drawn) <= 3 * deviation
+    assert 0 <= noisy.min() <= noisy.max() <= 9
+    assert (num_wrong == 0) == (num_drawn == 0)
+
+
+def test_wrong_classes_are_the_same_in_every_epoch_and_run_whatever_the_global_state() -> None:
+    data = DigitsDataModule(batch_size=0, label_noise=0.3)
+    ((_, first),) = batches(data)
+    ((_, in_second_epoch),) = list(data.train_dataloader())
+    torch.randn(3)
+    ((_, in_second_run),) = batches(DigitsDataModule(batch_size=0, label_noise=0.3))
+    ((_, with_other_seed),) = batches(DigitsDataModule(batch_size=0, label_noise=0.3, seed=1))
+    assert torch.equal(first, in_second_epoch)
+    assert torch.equal(first, in_second_run)
+    assert not torch.equal(first, with_other_seed)
+
+
+def test_more_label_noise_leaves_the_wrong_classes_wrong_and_adds_others() -> None:
+    ((_, true),), ((_, some),), ((_, more),) = (
+        batches(DigitsDataModule(batch_size=0, label_noise=noise)) for noise in (0.0, 0.1, 0.4)
+    )
+    wrong = some != true
+    assert wrong.any()
+    assert torch.equal(more[wrong], some[wrong])
+    assert (more != true).sum() > wrong.sum()
+
+
+def test_label_noise_spares_the_validation_classes() -> None:
+    truthful, noisy = DigitsDataModule(batch_size=0), DigitsDataModule(batch_size=0, label_noise=0.5)
+    for data in (truthful, noisy):
+        data.setup("fit")
+    for clean, spared in zip(truthful.val_dataloader(), noisy.val_dataloader(), strict=True):
+        torch.testing.assert_close(spared, clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("label_noise", [-0.1, 1.1, float("nan")])
+def test_label_noise_that_is_no_share_is_refused(label_noise: float) -> None:
+    with pytest.raises(ValueError, match=rf"label_noise={label_noise} is a share .* must lie in \[0, 1\]"):
+        DigitsDataModule(label_noise=label_noise)
+
+
 @pytest.mark.parametrize("num_train", [0, 1797])
 def test_a_split_without_training_or_validation_images_is_refused(num_train: int) -> None:
     with pytest.raises(ValueError, match=rf"num_train={num_train} must lie between 1 and 1796"):
