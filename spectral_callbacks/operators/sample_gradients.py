@@ -150,13 +150,13 @@ class SampleGradients:
 
     def _products(self, factors: Factors, size: int, V: Tensor) -> Tensor:
         total = torch.zeros(size, V.shape[1], dtype=self.space.dtype, device=self.space.device)
-        for parameter, factor in factors:
+        for parameter, factor in factors if V.shape[1] else ():
             part = _part(V, self._places[parameter], self.space.tensors[parameter].shape)
             total.add_(factor.products(part), alpha=size)
         return total
 
     def _add_combined(self, total: Tensor, factors: Factors, size: int, part: Tensor) -> None:
-        for parameter, factor in factors:
+        for parameter, factor in factors if part.shape[1] else ():
             total[self._places[parameter]].add_(factor.combined(part).reshape(part.shape[1], -1).mT, alpha=size)
 
 

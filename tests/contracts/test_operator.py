@@ -19,14 +19,22 @@ from spectral_callbacks.linalg.subspace import Complement, Normalized
 from spectral_callbacks.linalg.watched import Watched
 from spectral_callbacks.operators import (
     Cut,
+    EmpiricalFisher,
+    Factors,
+    FactorStream,
     GaussNewton,
+    GradientCovarianceOperator,
     Hessian,
     Objective,
     OutputGraph,
     OutputObjective,
     ParameterSpace,
+    SampleGradients,
+    find_uses,
+    visit,
 )
 from spectral_callbacks.operators.gauss_newton import OutputCurvature
+from spectral_callbacks.operators.layout import Layout
 from spectral_callbacks.operators.outputs import slopes_of
 from tests import oracles, problems
 from tests.operators.dense import dense_gauss_newton
@@ -146,6 +154,47 @@ def _output_curvature(dtype: torch.dtype) -> Case:
     return Case(OutputCurvature(graph), A)
 
 
+def _sample_gradients(dtype: torch.dtype) -> tuple[SampleGradients, Tensor, tuple[nn.Parameter, ...]]:
+    """The gradients of four and two samples by a network and a parameter that it does not use, and their rows."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    both = nn.ModuleDict({"module": module, "unused": nn.ParameterList([unused])})
+    X, parameters = torch.randn(6, 3, dtype=torch.float64), tuple(both.parameters())
+
+    def loss(batch: Tensor) -> Tensor:
+        return module(batch.to(parameters[0].dtype)).square().sin().sum(1).mean()
+
+    def rows(x: Tensor) -> Tensor:
+        found = torch.autograd.grad(loss(x[None]), parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([g.reshape(-1) for g in found])
+
+    G = torch.stack([rows(x) for x in X])
+    both.to(dtype)
+    space = ParameterSpace(both)
+
+    def factors(batch: Tensor) -> Factors:
+        found: Factors = []
+        value = loss(batch)
+        uses = find_uses(value, space.tensors)
+        N = len(batch)
+        stream = FactorStream(uses.uses, [Layout(1, 1)] * len(uses.uses), N, N, lambda p, f: found.append((p, f)))
+        visit(value, uses, stream.see)
+        return found
+
+    batches = [functools.partial(factors, batch) for batch in X.split([4, 2])]
+    return SampleGradients(space, batches, [4, 2]), G, tuple(both.parameters())
+
+
+def _empirical_fisher(dtype: torch.dtype) -> Case:
+    gradients, G, parameters = _sample_gradients(dtype)
+    return Case(EmpiricalFisher(gradients), G.mT @ G / 6, parameters=parameters)
+
+
+def _gradient_covariance(dtype: torch.dtype) -> Case:
+    gradients, G, parameters = _sample_gradients(dtype)
+    return Case(GradientCovarianceOperator(gradients), torch.cov(G.mT, correction=0), parameters=parameters)
+
+
 OPERATORS: dict[str, tuple[type[LinearOperator], Callable[[torch.dtype], Case]]] = {
     "Matrix": (Matrix, _matrix),
     "Matrix, symmetric": (Matrix, _symmetric_matrix),
@@ -159,6 +208,8 @@ OPERATORS: dict[str, tuple[type[LinearOperator], Callable[[torch.dtype], Case]]]
     "GaussNewton": (GaussNewton, _gauss_newton),
     "GaussNewton, graphs not kept": (GaussNewton, lambda dtype: _gauss_newton(dtype, keep_graphs=False)),
     "OutputCurvature": (OutputCurvature, _output_curvature),
+    "EmpiricalFisher": (EmpiricalFisher, _empirical_fisher),
+    "GradientCovarianceOperator": (GradientCovarianceOperator, _gradient_covariance),
 }
 
 
