@@ -12,10 +12,11 @@ from torch import Tensor
 
 from spectral_callbacks.callbacks.batches import FrozenBatch
 from spectral_callbacks.callbacks.muting import muted
-from spectral_callbacks.callbacks.probing import Probes, space_of
+from spectral_callbacks.callbacks.probing import Probes
 from spectral_callbacks.callbacks.reading import Reading
 from spectral_callbacks.callbacks.schedule import Budget, clock
 from spectral_callbacks.linalg import Eigenpairs, Status
+from spectral_callbacks.operators import ParameterSpace
 from spectral_callbacks.probe import num_samples
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Passengers:
         self._factor = scale / trainer.accumulate_grad_batches
         for callback, rider in list(self._aboard.items()):
             try:
-                space = space_of(trainer.lightning_module, trainer.optimizers[callback.optimizer])
+                space = ParameterSpace.trained_by(trainer.lightning_module, trainer.optimizers[callback.optimizer])
                 if not rider.attach(loss, self._pairs, space):
                     del self._aboard[callback]
                     self._owed.add(callback)

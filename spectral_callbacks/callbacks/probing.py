@@ -12,7 +12,7 @@ import torch
 from spectral_callbacks.callbacks.batches import FrozenBatch
 from spectral_callbacks.callbacks.loss import loss_of
 from spectral_callbacks.callbacks.muting import Precision
-from spectral_callbacks.operators import ParameterSpace, SampleStructure
+from spectral_callbacks.operators import SampleStructure
 from spectral_callbacks.probe import Probe
 
 if TYPE_CHECKING:
@@ -51,11 +51,6 @@ class Probes:
             loss=loss_of(trainer, callback.loss, precision), step=step, mode=callback.mode, seed=callback.seed,
             structures=structures,
         )  # fmt: skip
-
-
-def space_of(module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> ParameterSpace:
-    """Return the parameters that an optimizer trains now, in the order of a probe's."""
-    return ParameterSpace(module, [p for group in optimizer.param_groups for p in group["params"]])
 
 
 def generator_of(probe: Probe, callback: SpectralCallback, step: int) -> torch.Generator:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_callbacks.operators.factors import Factor
+from spectral_callbacks.operators.graphs import dense_gradients
 from spectral_callbacks.operators.layout import Layout
 from spectral_callbacks.operators.parameters import ParameterSpace
 from spectral_callbacks.operators.uses import Uses, find_uses
@@ -61,7 +62,7 @@ def disagreeing(
     comparisons: list[dict[int, _Comparison]] = [{} for _ in range(1 + len(parts))]
     epsilon = 0.0
     for seed in seeds:
-        alone = [_gradients(space, run(part, seed=seed, in_eval_mode=in_eval_mode)) for part in parts]
+        alone = [dense_gradients(run(part, seed=seed, in_eval_mode=in_eval_mode), space.tensors) for part in parts]
         loss = run(None, seed=seed, in_eval_mode=in_eval_mode)
         uses, layouts = treated(find_uses(loss, space.tensors))
         epsilon = max([epsilon, *(torch.finfo(use.output_dtype).eps for use in uses.uses)])
@@ -116,13 +117,6 @@ class _Comparison:
         return max(self.norms) > _ROOM * max(max(other.norms) for other in among)
 
 
-def _gradients(space: ParameterSpace, loss: Tensor) -> list[Tensor]:
-    if not loss.requires_grad:
-        return [torch.zeros_like(p) for p in space.tensors]
-    found = torch.autograd.grad(loss, space.tensors, allow_unused=True, materialize_grads=True)
-    return [g.to_dense() if g.layout != torch.strided else g for g in found]
-
-
 def _sums(
     space: ParameterSpace,
     uses: Uses,
@@ -141,7 +135,7 @@ def _sums(
     stream = FactorStream(uses.uses, layouts, num_samples, num_samples, consume)
     handles = watch(uses.uses, stream.see)
     try:
-        gradients = _gradients(space, loss)
+        gradients = dense_gradients(loss, space.tensors)
     finally:
         for handle in handles:
             handle.remove()

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_callbacks.operators.nodes import NoKernelError, saved, signed
+from spectral_callbacks.operators.nodes import LEAF, NoKernelError, saved, signed
 
 _MEAN = 1  # torch's number for reduction="mean"
-_LEAF = "torch::autograd::AccumulateGrad"
 
 
 def choice_of(node: Any, name: str) -> Hashable:
@@ -83,7 +82,7 @@ def _along_rows(name: str) -> Callable[[Any], Hashable]:
 def _is_table(node: Any) -> bool:
     """Whether rows of a parameter are looked up, not those of samples moved."""
     source = node.next_functions[0][0]
-    return source is not None and source.name() == _LEAF
+    return source is not None and source.name() == LEAF
 
 
 def _stays(index: Tensor) -> bool:

@@ -6,6 +6,7 @@ import abc
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from spectral_callbacks.operators.memory import free_bytes
@@ -93,6 +94,16 @@ class BatchGraphs(abc.ABC, Generic[GraphT]):
                 "the parameters changed since this objective was first differentiated, so its graph belongs to old "
                 "weights; build a new objective (or probe) after every optimizer step."
             )
+
+
+def dense_gradients(output: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
+    """Return the gradient of one number by each parameter, zeros where it does not depend on it."""
+    if not output.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(
+        output, parameters, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )
+    return [g.to_dense() if g.layout != torch.strided else g for g in found]
 
 
 def scalar(loss: Tensor) -> Tensor:  # ()

@@ -11,6 +11,8 @@ from torch._C._autograd import SavedTensor
 
 from spectral_callbacks.operators.steps import Part, Permute, Reshape, Scale, Step, Take
 
+LEAF = "torch::autograd::AccumulateGrad"  # the name of the node that a parameter is
+
 
 class NoKernelError(Exception):
     """An operation that takes a parameter in a way from which samples cannot be told apart; says which."""

@@ -67,6 +67,11 @@ class ParameterSpace:
             name: slice(end - p.numel(), end) for (name, p), end in zip(named.items(), ends, strict=True)
         }
 
+    @classmethod
+    def trained_by(cls, module: nn.Module, optimizer: torch.optim.Optimizer) -> ParameterSpace:
+        """Return the space of a module's parameters that an optimizer trains now."""
+        return cls(module, [p for group in optimizer.param_groups for p in group["params"]])
+
     def flatten(
         self,
         tensors: Sequence[Tensor | None],  # one a parameter, each of its shape; None stands for zeros

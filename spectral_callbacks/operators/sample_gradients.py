@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_callbacks.operators.factors import Factor, LatestRows
-from spectral_callbacks.operators.memory import free_bytes
+from spectral_callbacks.operators.graphs import BatchGraphs
 from spectral_callbacks.operators.parameters import ParameterSpace
 
 Factors = list[tuple[int, Factor]]
@@ -82,11 +82,11 @@ class SampleGramSum:
         return SampleGram(scale**2 * gram.to("cpu", torch.float64), parts, along)
 
 
-class SampleGradients:
+class SampleGradients(BatchGraphs[Factors]):
     """The matrix G of the gradients of N samples, (N, n), never formed: each row is of the sample's own loss.
 
     A batch is known by the factors that a backward pass over it leaves: the inputs of the layers and the gradients of
-    their outputs. They are kept between products where memory allows, else every product runs the batch again.
+    their outputs. They are kept between products by the rule of `BatchGraphs`, else every product runs the batch again.
 
     Args:
         space: The parameters, n numbers.
@@ -98,13 +98,11 @@ class SampleGradients:
     """
 
     def __init__(self, space: ParameterSpace, batches: Sequence[Callable[[], Factors]], sizes: Sequence[int]) -> None:
-        self.space = space
+        super().__init__(space, len(sizes), sizes, None)
         self.num_samples = sum(sizes)
         self._places = list(space.slices.values())
         self._batches = tuple(batches)
         self._sizes = tuple(sizes)
-        self._kept: list[Factors | None] = [None] * len(sizes)
-        self._keeps = True
 
     def products(
         self,
@@ -134,19 +132,11 @@ class SampleGradients:
             self._add_combined(total, factors, size, self._products(factors, size, V))
         return total
 
+    def _build(self, index: int) -> Factors:
+        return self._batches[index]()
+
     def _factors(self) -> Iterator[tuple[Factors, int]]:
-        for index, (batch, size) in enumerate(zip(self._batches, self._sizes, strict=True)):
-            factors = self._kept[index]
-            if factors is None:
-                before = free_bytes(self.space.device)
-                factors = batch()
-                after = free_bytes(self.space.device)
-                if before is not None and after is not None and after < before - after:
-                    self._keeps = False
-                    self._kept = [None for _ in self._sizes]
-                if self._keeps:
-                    self._kept[index] = factors
-            yield factors, size
+        return zip(self.graphs(), self._sizes, strict=True)
 
     def _products(self, factors: Factors, size: int, V: Tensor) -> Tensor:
         total = torch.zeros(size, V.shape[1], dtype=self.space.dtype, device=self.space.device)

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from spectral_callbacks.operators.graphs import dense_gradients
 from spectral_callbacks.operators.memory import free_bytes
 from spectral_callbacks.operators.outputs import Cut, slopes_of
 from spectral_callbacks.operators.parameters import ParameterSpace
@@ -115,7 +116,7 @@ class Looped(Samples):
         for index in chunk.samples:
             outputs = self._outputs(chunk.batch, index)
             for c in chunk.outputs:
-                rows.append([g.reshape(-1) for g in self._gradient(outputs[c])])
+                rows.append([g.reshape(-1) for g in dense_gradients(outputs[c], self.space.tensors, retain_graph=True)])
         return tuple(map(torch.stack, zip(*rows, strict=True)))
 
     def scores(self, batch: int, samples: range) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,14 +135,6 @@ class Looped(Samples):
                 "per-sample quantities need outputs of one shape: pad the batches to one length."
             )
         return outputs
-
-    def _gradient(self, output: Tensor) -> list[Tensor]:
-        parameters = self.space.tensors
-        if not output.requires_grad:
-            return [torch.zeros_like(p) for p in parameters]
-        gradient = torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
-        dense = [g.to_dense() if g is not None and g.layout != torch.strided else g for g in gradient]
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, dense, strict=True)]
 
 
 class Vectorized(Samples):

@@ -101,7 +101,8 @@ def find_structure(space: ParameterSpace, run: Run, num_samples: int) -> SampleS
     Raises:
         ValueError: If the loss is not the mean over its samples.
     """
-    uses, seen = _prints(space, scalar(run(None)))
+    loss = scalar(run(None))
+    uses, seen = _prints(space, loss)
     untreated = dict(uses.untreated)
     layouts: list[Layout | None] = [None] * len(uses.uses)
     is_final = num_samples > 1  # one sample alone tells nothing of the order of several
@@ -125,7 +126,7 @@ def find_structure(space: ParameterSpace, run: Run, num_samples: int) -> SampleS
     for use, layout in zip(uses.uses, layouts, strict=True):
         if layout is None:
             untreated.setdefault(use.parameter, f"in {use.node.name()} it depends on several samples at once")
-    is_random = not torch.equal(run(None).detach(), run(None, seed=1).detach())
+    is_random = not torch.equal(loss.detach(), scalar(run(None, seed=1)).detach())
     sizes = _sizes(uses, num_samples)
     structure = SampleStructure(space, _signature(uses), sizes, uses.choices, tuple(layouts), {}, is_random, is_final)
     structure = _without(structure, uses, untreated)

@@ -11,11 +11,10 @@ from torch import Size, Tensor, dtype
 from torch.autograd.graph import GradientEdge, Node
 
 from spectral_callbacks.operators.choices import choice_of
-from spectral_callbacks.operators.nodes import NoKernelError, step_of
+from spectral_callbacks.operators.nodes import LEAF, NoKernelError, step_of
 from spectral_callbacks.operators.paths import Path
 from spectral_callbacks.operators.readers import Contribution, Reading, output_shape, reading_of
 
-_LEAF = "torch::autograd::AccumulateGrad"
 _HIDES_ITS_GRAPH = "CheckpointFunctionBackward"  # reentrant: what runs inside is no part of the graph
 
 
@@ -152,7 +151,7 @@ class _Graph:
         while stack:
             node: Any = stack.pop()
             name = node.name()
-            if name == _LEAF:
+            if name == LEAF:
                 self.leaves[id(node.variable)] = node
             elif name == _HIDES_ITS_GRAPH:
                 self.hidden = f"{name}: pass use_reentrant=False to torch.utils.checkpoint"

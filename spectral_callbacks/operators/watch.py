@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -95,9 +95,7 @@ class FactorStream:
 
 def watch(uses: Sequence[Use], see: See) -> list[RemovableHandle]:
     """Let a function see what the next backward pass brings to these uses; return what takes it away again."""
-    return [
-        node.register_prehook(functools.partial(_pass_on, see, indices)) for node, indices in _by_node(uses).items()
-    ]
+    return _hooked(_by_node(uses), see)
 
 
 def visit(loss: Tensor, uses: Uses, see: See, *, retain_graph: bool = False) -> None:
@@ -106,19 +104,19 @@ def visit(loss: Tensor, uses: Uses, see: See, *, retain_graph: bool = False) -> 
     if not nodes:
         return
     edges = uses.terminals
-    ends = {edge.node for edge in edges}
-    handles = [
-        node.register_prehook(functools.partial(_pass_on, see, indices))
-        for node, indices in nodes.items()
-        if node not in ends
-    ]
+    ends = {edge.node: nodes.pop(edge.node) for edge in edges}
+    handles = _hooked(nodes, see)
     try:
         gradients = torch.autograd.grad(loss, edges, retain_graph=retain_graph, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    for edge, gradient in zip(edges, gradients, strict=True):
-        _pass_on(see, nodes[edge.node], (gradient,))
+    for indices, gradient in zip(ends.values(), gradients, strict=True):
+        _pass_on(see, indices, (gradient,))
+
+
+def _hooked(nodes: Mapping[Node, Sequence[int]], see: See) -> list[RemovableHandle]:
+    return [node.register_prehook(functools.partial(_pass_on, see, indices)) for node, indices in nodes.items()]
 
 
 def _by_node(uses: Sequence[Use]) -> dict[Node, list[int]]:

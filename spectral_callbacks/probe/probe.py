@@ -83,7 +83,7 @@ class Probe:
         self.batches = tuple(batches)
         self.step = step
         self.outputs = outputs
-        self.space = ParameterSpace(module, [p for group in optimizer.param_groups for p in group["params"]])
+        self.space = ParameterSpace.trained_by(module, optimizer)
         self.generator = torch.Generator(self.space.device).manual_seed(seed)
         self._loss = loss
         self._mode: Mode = mode

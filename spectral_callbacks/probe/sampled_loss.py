@@ -101,13 +101,10 @@ class SampledLoss:
         self, structure: SampleStructure, whole: Any, *, by_parameter: bool, directions: Tensor | None
     ) -> SampleGram:
         rest = self._untreated(structure, whole)
-        size, number = num_samples(whole), num_samples(whole) if rest is None else rest.num_samples
+        number = num_samples(whole) if rest is None else rest.num_samples
         total = SampleGramSum(self.space, number, by_parameter=by_parameter, directions=directions)
-        if rest is not None:
-            for parameter, rows in _rows(structure, rest):
-                total.add(parameter, Rows(rows / size))
-        self._stream(structure, whole, self.seed, number, total.add)
-        result = total.result(size)
+        self._hand_on(structure, whole, rest, self.seed, number, total.add)
+        result = total.result(num_samples(whole))
         if len(structure.untreated) == len(self.space.tensors):
             self._check_mean(result.gram, None)
         return result
@@ -199,13 +196,19 @@ class SampledLoss:
                 self.learned[key] = known
         return known
 
-    def _stream(self, structure: SampleStructure, batch: Any, seed: int, first: int, consume: Consume) -> None:
-        """Hand on the gradients of the first samples of a batch by all parameters that one pass treats."""
+    def _hand_on(
+        self, structure: SampleStructure, batch: Any, rest: Samples | None, seed: int, first: int, consume: Consume
+    ) -> None:
+        """Hand on the gradients of the first samples of a batch by all parameters, as shares in its mean."""
+        size = num_samples(batch)
+        if rest is not None:
+            for parameter, rows in _rows(structure, rest):
+                consume(parameter, Rows(rows / size))
         if len(structure.untreated) == len(self.space.tensors):
             return
         loss = self.evaluate(batch, seed=seed)
-        treated, layouts = structure.treated(find_uses(loss, self.space.tensors), num_samples(batch))
-        stream = FactorStream(treated.uses, layouts, num_samples(batch), first, consume)
+        treated, layouts = structure.treated(find_uses(loss, self.space.tensors), size)
+        stream = FactorStream(treated.uses, layouts, size, first, consume)
         visit(loss, treated, stream.see)
         stream.finish()
 
@@ -219,15 +222,13 @@ class SampledLoss:
     def _factors(self, structure: SampleStructure, batch: Any, seed: int) -> Factors:
         rest = self._untreated(structure, batch)
         size = num_samples(batch)
+        if rest is not None and rest.num_samples < size:
+            raise ValueError(
+                f"{structure.explain()} cannot be told apart by sample in one pass, and the gradients of {size} "
+                f"samples do not fit in memory, only {rest.num_samples}; lower num_samples."
+            )
         found: Factors = []
-        if rest is not None:
-            if rest.num_samples < size:
-                raise ValueError(
-                    f"{structure.explain()} cannot be told apart by sample in one pass, and the gradients of {size} "
-                    f"samples do not fit in memory, only {rest.num_samples}; lower num_samples."
-                )
-            found += [(parameter, Rows(rows / size)) for parameter, rows in _rows(structure, rest)]
-        self._stream(structure, batch, seed, size, lambda parameter, factor: found.append((parameter, factor)))
+        self._hand_on(structure, batch, rest, seed, size, lambda parameter, factor: found.append((parameter, factor)))
         return found
 
     def _jacobian_gram(self, parts: Sequence[Any], outputs: str, samples: Samples) -> Tensor | None:  # (N C, N C)
@@ -239,8 +240,10 @@ class SampledLoss:
             whole = joined(parts)
             N, C = num_samples(whole), samples.num_outputs
             structure = self._structure(whole)
+            if structure.untreated or structure.is_random:
+                return None
             first, *others = self._cut(whole, outputs, self.seed).outputs
-            if structure.untreated or structure.is_random or others or len(first) != N or first.numel() != N * C:
+            if others or len(first) != N or first.numel() != N * C:
                 return None
             gram = jacobian_gram(structure, first.reshape(N, C), samples.num_samples)
         except (ValueError, TypeError):  # batches that do not fit together, a number: the samples alone will tell

@@ -21,7 +21,7 @@ from spectral_callbacks.operators import (
     GramRide,
     StructureChangedError,
 )
-from spectral_callbacks.operators import sample_gradients as engine
+from spectral_callbacks.operators import graphs as engine
 from spectral_callbacks.operators.factors import Rows
 from spectral_callbacks.operators.layout import Layout
 from spectral_callbacks.probe import Probe, twice_differentiable
