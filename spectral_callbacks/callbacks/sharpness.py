@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 from spectral_callbacks.callbacks.base import SpectralCallback
 from spectral_callbacks.callbacks.findings import Findings
 from spectral_callbacks.callbacks.reading import Reading
-from spectral_callbacks.linalg import DiagonalCongruence, Eigenpairs, Status, Tracker
+from spectral_callbacks.linalg import Eigenpairs, Status, Tracker
 from spectral_callbacks.operators import Hessian
-from spectral_callbacks.probe import Probe
+from spectral_callbacks.probe import Preconditioned, Probe
 from spectral_callbacks.stability import Edge, NoThresholdError, NotSteppedYetError, edges
 from spectral_callbacks.tags import Chart
 
@@ -151,7 +151,7 @@ def _common(edges: tuple[Edge, ...]) -> Edge | None:
     return first if first.is_plain and all(edge.is_plain and edge == first for edge in edges) else None
 
 
-def _in_metric(ratio: Eigenpairs, metric: DiagonalCongruence, edges: tuple[Edge, ...]) -> dict[str, float]:
+def _in_metric(ratio: Eigenpairs, metric: Preconditioned, edges: tuple[Edge, ...]) -> dict[str, float]:
     readings = {
         "sharpness/stability_ratio": ratio.values[0].item(),
         "sharpness/stability_ratio_residual": ratio.residuals[0].item(),
@@ -167,9 +167,9 @@ def _in_metric(ratio: Eigenpairs, metric: DiagonalCongruence, edges: tuple[Edge,
     return readings
 
 
-def _along_gradient(metric: DiagonalCongruence, probe: Probe) -> float:
+def _along_gradient(metric: Preconditioned, probe: Probe) -> float:
     """Return the curvature along the gradient in the optimizer's metric, which is 1 at the edge; NaN without one."""
-    y = (metric.scale * probe.gradient())[:, None]
+    y = metric.coordinates(probe.gradient())[:, None]
     size = metric.gram(y, y).sqrt()
     if not size > 0:
         return math.nan

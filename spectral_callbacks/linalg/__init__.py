@@ -3,7 +3,6 @@
 from spectral_callbacks.linalg.density import Density as Density
 from spectral_callbacks.linalg.density import spectral_density as spectral_density
 from spectral_callbacks.linalg.eigsh import eigsh as eigsh
-from spectral_callbacks.linalg.operator import DiagonalCongruence as DiagonalCongruence
 from spectral_callbacks.linalg.operator import LinearOperator as LinearOperator
 from spectral_callbacks.linalg.operator import Matrix as Matrix
 from spectral_callbacks.linalg.result import Eigenpairs as Eigenpairs

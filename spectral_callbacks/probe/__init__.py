@@ -9,6 +9,7 @@ from spectral_callbacks.probe.batches import tensors_of as tensors_of
 from spectral_callbacks.probe.isolation import Isolation as Isolation
 from spectral_callbacks.probe.isolation import Mode as Mode
 from spectral_callbacks.probe.isolation import undisturbed as undisturbed
+from spectral_callbacks.probe.metric import Preconditioned as Preconditioned
 from spectral_callbacks.probe.outputs import NoOutputsError as NoOutputsError
 from spectral_callbacks.probe.outputs import named_module as named_module
 from spectral_callbacks.probe.outputs import plain_name as plain_name

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spectral_callbacks.linalg import DiagonalCongruence, Eigenpairs, LinearOperator
+from spectral_callbacks.linalg import Eigenpairs, LinearOperator
 from spectral_callbacks.operators import (
     GaussNewton,
     Objective,
@@ -23,7 +23,7 @@ from spectral_callbacks.operators import (
 )
 from spectral_callbacks.probe.batches import copied, num_samples
 from spectral_callbacks.probe.isolation import Isolation, Mode, undisturbed
-from spectral_callbacks.probe.metric import in_metric
+from spectral_callbacks.probe.metric import Preconditioned
 from spectral_callbacks.probe.outputs import NoOutputsError
 from spectral_callbacks.probe.sampled_loss import SampledLoss
 from spectral_callbacks.stability import Edge, edges
@@ -133,15 +133,15 @@ class Probe:
         """
         return self._each_parameter(edges(self.optimizer))
 
-    def preconditioned(self, kind: Callable[[Objective], LinearOperator]) -> DiagonalCongruence:  # (n, n)
+    def preconditioned(self, kind: Callable[[Objective], LinearOperator]) -> Preconditioned:  # (n, n)
         """Return the operator in the metric of the optimizer, where its edge of stability lies at eigenvalue 1.
 
-        See `in_metric`.
+        See `Preconditioned`.
 
         Raises:
             NoThresholdError: If none is known for the optimizer, or none yet.
         """
-        return in_metric(self.operator(kind), self.space, self.edges())
+        return Preconditioned(self.operator(kind), self.space, self.edges())
 
     @property
     def eigenpairs(self) -> Eigenpairs | None:

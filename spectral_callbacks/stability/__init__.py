@@ -8,3 +8,5 @@ from spectral_callbacks.stability.edge import Rule as Rule
 from spectral_callbacks.stability.edge import edges as edges
 from spectral_callbacks.stability.edge import no_threshold as no_threshold
 from spectral_callbacks.stability.edge import stability_rule as stability_rule
+from spectral_callbacks.stability.frame import Frame as Frame
+from spectral_callbacks.stability.observable import ObservableOptimizer as ObservableOptimizer

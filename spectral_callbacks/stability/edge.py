@@ -32,6 +32,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from spectral_callbacks.stability.frame import Frame
+from spectral_callbacks.stability.observable import ObservableOptimizer
+
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
@@ -46,6 +49,8 @@ class Edge:
         shift: What is added to λ outside the metric: decoupled weight decay, and any decay in the plain metric.
         weight_decay: What is added to the Hessian inside the metric: coupled weight decay.
         preconditioner: D, of the parameter's shape; None is the identity. Not compared by `==`.
+        frame: Where D is diagonal, if not in the parameter's own entries: its diagonal is then that of Q D Qᵀ with the
+            frame's Q. Not compared by `==`.
         ascends: The optimizer climbs, so that the curvature that counts is that of -H.
     """
 
@@ -55,6 +60,7 @@ class Edge:
     weight_decay: float = 0.0
     preconditioner: Tensor | None = dataclasses.field(default=None, compare=False)
     ascends: bool = False
+    frame: Frame | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def from_threshold(
@@ -67,6 +73,7 @@ class Edge:
         coupled: float = 0.0,
         decoupled: float = 0.0,
         ascends: bool = False,
+        frame: Frame | None = None,
     ) -> Self:
         """Return the edge of a rule that moves by -learning_rate (correction D F[g + coupled w] + decoupled w).
 
@@ -79,15 +86,17 @@ class Edge:
             coupled: Weight decay that is added to the gradient.
             decoupled: Weight decay that is not.
             ascends: See `Edge`.
+            frame: See `Edge`.
 
         Example:
-            >>> Edge.from_threshold(2 + 2 * 0.9, learning_rate=0.1, decoupled=0.5)  # η (λ + (1 + b) wd) = 2 + 2b
-            Edge(learning_rate=0.1, threshold=3.8, shift=0.95, weight_decay=0.0, preconditioner=None, ascends=False)
+            >>> edge = Edge.from_threshold(2 + 2 * 0.9, learning_rate=0.1, decoupled=0.5)
+            >>> edge.threshold, edge.shift  # η (λ + (1 + b) wd) = 2 + 2b
+            (3.8, 0.95)
         """
         shift = decoupled * threshold / (2 * correction) if decoupled else 0.0
         if preconditioner is None:
             shift, coupled = shift + coupled, 0.0  # in the plain metric inside and outside are the same
-        return cls(learning_rate * correction, threshold, shift, coupled, preconditioner, ascends)
+        return cls(learning_rate * correction, threshold, shift, coupled, preconditioner, ascends, frame)
 
     @property
     def is_plain(self) -> bool:
@@ -128,7 +137,8 @@ def stability_rule(optimizer: type[torch.optim.Optimizer]) -> Callable[[Rule], R
     """Register the stability rule of an optimizer class.
 
     It is a function from a parameter, its group and its state to the parameter's edge. The state is empty before the
-    parameter's first step; a rule that needs it then raises `NotSteppedYetError`. Subclasses that do not override
+    parameter's first step; a rule that needs it then raises `NotSteppedYetError`. What an `ObservableOptimizer` keeps
+    beside its state is in it too, from the first step after the first call of `edges`. Subclasses that do not override
     `step` share the rule.
 
     Example:
@@ -191,14 +201,20 @@ def edges(optimizer: torch.optim.Optimizer) -> tuple[tuple[Edge, ...], ...]:
         (3.8, 37.5)
     """
     rule = _rule_of(optimizer)
+    observable = optimizer if isinstance(optimizer, ObservableOptimizer) else None
+    if observable is not None:
+        observable.observe()
     found: list[tuple[Edge, ...]] = []
     not_yet: NotSteppedYetError | None = None
     some_stepped = False
     for group in optimizer.param_groups:
         row: list[Edge] = []
         for p in group["params"]:
+            state: Mapping[str, Any] = optimizer.state.get(p, {})  # `state[p]` would create an entry
+            if observable is not None:
+                state = {**state, **observable.observations(p)}
             try:
-                row.append(rule(p, group, optimizer.state.get(p, {})))  # `state[p]` would create an entry
+                row.append(rule(p, group, state))
                 some_stepped = True
             except NotSteppedYetError as error:
                 not_yet = error

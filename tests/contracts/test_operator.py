@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import spectral_callbacks
-from spectral_callbacks.linalg import DiagonalCongruence, LinearOperator, Matrix
+from spectral_callbacks.linalg import LinearOperator, Matrix
 from spectral_callbacks.linalg.subspace import Complement, Normalized
 from spectral_callbacks.linalg.watched import Watched
 from spectral_callbacks.operators import (
@@ -36,7 +36,10 @@ from spectral_callbacks.operators import (
 from spectral_callbacks.operators.gauss_newton import OutputCurvature
 from spectral_callbacks.operators.layout import Layout
 from spectral_callbacks.operators.outputs import slopes_of
+from spectral_callbacks.probe import Preconditioned
+from spectral_callbacks.stability import Edge
 from tests import oracles, problems
+from tests.frames import Turned
 from tests.operators.dense import dense_gauss_newton
 
 FLOATS = (torch.float32, torch.float64)
@@ -62,11 +65,18 @@ def _symmetric_matrix(dtype: torch.dtype) -> Case:
     return Case(Matrix(A), A.double())
 
 
-def _congruence(dtype: torch.dtype) -> Case:
+def _preconditioned(dtype: torch.dtype) -> Case:
     A = problems.symmetric(problems.SPECTRA["indefinite"])
-    scale, shift = torch.randn(2, len(A), dtype=torch.float64)
-    operator = DiagonalCongruence(Matrix(A.to(dtype)), scale=scale.to(dtype), shift=shift.to(dtype))
-    return Case(operator, scale[:, None] * A * scale + torch.diag(shift))
+    parameters = nn.ParameterDict({"one": nn.Parameter(torch.zeros(len(A) - 6, dtype=dtype))})
+    parameters["two"] = nn.Parameter(torch.zeros(2, 3, dtype=dtype))
+    frame, D, shift = Turned((2, 3)), torch.rand(2, 3, dtype=torch.float64), 0.5
+    edges = (Edge(0.5, 2.0, shift=shift), Edge(0.1, 3.8, preconditioner=D, frame=frame))
+    Q = torch.block_diag(torch.eye(len(A) - 6, dtype=torch.float64), frame.matrix)
+    weight = torch.cat([torch.full((len(A) - 6,), 0.25), torch.full((6,), 0.1 / 3.8, dtype=torch.float64)])
+    S = torch.cat([torch.ones(len(A) - 6), D.reshape(-1)]).mul(weight).sqrt()
+    dense = S[:, None] * (Q @ A @ Q.T) * S
+    dense.diagonal()[: len(A) - 6] += 0.25 * shift
+    return Case(Preconditioned(Matrix(A.to(dtype)), ParameterSpace(parameters), edges), dense)
 
 
 def _complement(dtype: torch.dtype) -> Case:
@@ -198,7 +208,7 @@ def _gradient_covariance(dtype: torch.dtype) -> Case:
 OPERATORS: dict[str, tuple[type[LinearOperator], Callable[[torch.dtype], Case]]] = {
     "Matrix": (Matrix, _matrix),
     "Matrix, symmetric": (Matrix, _symmetric_matrix),
-    "DiagonalCongruence": (DiagonalCongruence, _congruence),
+    "Preconditioned": (Preconditioned, _preconditioned),
     "Complement": (Complement, _complement),
     "Normalized": (Normalized, _normalized),
     "Watched": (Watched, _watched),

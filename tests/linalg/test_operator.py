@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectral_callbacks.linalg import DiagonalCongruence, LinearOperator, Matrix
-from tests.problems import SPECTRA, Scaled, symmetric
+from spectral_callbacks.linalg import LinearOperator, Matrix
 
 
 def test_a_matrix_is_the_operator_of_its_products() -> None:
@@ -25,20 +24,6 @@ def test_a_matrix_is_the_operator_of_its_products() -> None:
 def test_what_is_no_real_matrix_is_refused(matrix: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Matrix(matrix)
-
-
-def test_a_congruence_is_SAS_plus_shift() -> None:  # noqa: N802
-    A = symmetric(SPECTRA["indefinite"])
-    scale, shift = torch.randn(2, len(A), dtype=torch.float64)
-    congruence = DiagonalCongruence(Matrix(A), scale=scale, shift=shift)
-    torch.testing.assert_close(congruence.to_dense(), torch.diag(scale) @ A @ torch.diag(scale) + torch.diag(shift))
-
-
-def test_a_congruence_takes_the_inner_products_of_what_it_wraps() -> None:
-    A = Scaled(symmetric(SPECTRA["positive"]), torch.linspace(1.0, 2.0, 65, dtype=torch.float64))
-    X, Y = torch.randn(65, 2, dtype=torch.float64), torch.randn(65, 3, dtype=torch.float64)
-    ones = torch.ones(65, dtype=torch.float64)
-    assert torch.equal(DiagonalCongruence(A, scale=ones, shift=0 * ones).gram(X, Y), A.gram(X, Y))
 
 
 def test_inner_products_are_those_of_the_columns() -> None:
