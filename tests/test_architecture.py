@@ -27,7 +27,7 @@ BELOW: dict[str, set[str]] = {
     "optim": {"stability", "linalg"},
     "init": {"metrics", "linalg"},
     "dashboard": {"tags"},
-    "demo": {"callbacks"},
+    "demo": {"callbacks", "optim", "init"},
     "cli": {"callbacks", "demo"},
 }
 RUN_TIME = {"torch", "lightning", "numpy", "scipy", "tensorboard"}
@@ -43,6 +43,7 @@ EMPTY_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "tools", 
 MAX_LINES = 300
 KNOBS_OF_OTHERS = (
     f"{PACKAGE}.demo",  # models have hyper-parameters of their own
+    f"{PACKAGE}.optim",  # each optimizer has the defaults of its paper
     f"{PACKAGE}.probe.compositions",  # stand in for torch's functions, and take their arguments
 )
 COUNTS_OF_THEIR_OWN = {"num_eigenvalues"}  # one to follow, ten to see a spectrum

@@ -1,5 +1,8 @@
 """Matrix-free linear algebra on blocks of vectors."""
 
+from spectral_callbacks.linalg.dct import dct as dct
+from spectral_callbacks.linalg.dct import dct_basis as dct_basis
+from spectral_callbacks.linalg.dct import inverse_dct as inverse_dct
 from spectral_callbacks.linalg.density import Density as Density
 from spectral_callbacks.linalg.density import spectral_density as spectral_density
 from spectral_callbacks.linalg.eigsh import eigsh as eigsh
