@@ -18,7 +18,7 @@ from spectral_callbacks.callbacks.dotted import resolved
 from spectral_callbacks.callbacks.loss import Loss
 from spectral_callbacks.callbacks.muting import Precision
 from spectral_callbacks.callbacks.reading import Reading
-from spectral_callbacks.callbacks.refusals import refusal
+from spectral_callbacks.callbacks.refusals import refusal, refusal_of_batches, refusal_of_loss
 from spectral_callbacks.callbacks.rider import Rider
 from spectral_callbacks.callbacks.schedule import Schedule
 from spectral_callbacks.probe import Mode, Probe, named_module
@@ -64,7 +64,9 @@ class SpectralCallback(pl.Callback, abc.ABC):
     differentiates_twice: bool = False
     shares_eigenpairs: ClassVar[bool] = False  # hands those of the Hessian on to the others on its probe
     takes_eigenpairs: ClassVar[bool] = False  # takes them, and so measures last
-    rider: Rider | None = None  # looks on at the backward pass of training instead of opening a probe
+    rider: Rider | None = None  # looks on at what training does anyway instead of opening a probe
+    runs_loss: ClassVar[bool] = True  # cannot do without the loss
+    takes_batches: ClassVar[bool] = True  # cannot do without batches
     more_families: ClassVar[tuple[str, ...]] = ()  # first segments of its tags beside `diagnostic`
 
     def __init__(
@@ -190,7 +192,12 @@ class SpectralCallback(pl.Callback, abc.ABC):
 
     def refusal(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
         """Return why this run cannot be measured, or None."""
-        return refusal(trainer, module, loss=self.loss, data=self.data, optimizer=self.optimizer)
+        reason = refusal(trainer, module, optimizer=self.optimizer)
+        if reason is None and self.runs_loss:
+            reason = refusal_of_loss(module, self.loss)
+        if reason is None and self.takes_batches:
+            reason = refusal_of_batches(module, loss=self.loss, data=self.data)
+        return reason
 
     # Lightning's hooks: the first spectral callback of the trainer conducts, the others are conducted.
 
@@ -244,6 +251,13 @@ class SpectralCallback(pl.Callback, abc.ABC):
         """Compare the learning rate of the step with the one that was measured with."""
         if conductor := self._leads:
             conductor.before_step(trainer, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure what rode along with this batch's optimizer step."""
+        if conductor := self._leads:
+            conductor.after_batch(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure what is due at the end of this epoch."""

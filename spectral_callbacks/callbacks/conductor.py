@@ -82,11 +82,12 @@ class Conductor:
 
     def before_batch(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch if it is to be kept, and measure who is due."""
-        self._passengers.release()
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        begins_step = (ready - 1) % trainer.accumulate_grad_batches == 0
+        self._passengers.release(at_step=begins_step)
         self._keep(trainer, batch, batch_idx)
         self._supply.see(batch, batch_idx)
-        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if (ready - 1) % trainer.accumulate_grad_batches != 0:
+        if not begins_step:
             return
         step = logging_step(trainer)
         active = self._active()
@@ -117,19 +118,18 @@ class Conductor:
 
     def after_backward(self, trainer: pl.Trainer) -> None:
         """Take the readings of the rides; silence callbacks whose probe missed a parameter that has a gradient."""
-        step = logging_step(trainer)
-        readings, recurring = self._passengers.conclude(trainer, step)
-        if recurring:
-            self._budget.pay_measurement(recurring, step=step)
-        if readings:
-            self._publish(trainer, readings, step)
+        self._conclude(trainer, at_step=False)
         if self._verification.awaits_gradients:
             for callback, error in self._verification.judge().items():
-                self._fail(trainer, callback, error, step)
+                self._fail(trainer, callback, error, logging_step(trainer))
 
     def before_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Say so if a learning rate is no longer the one that was measured with."""
         self._learning_rates.compare(trainer, optimizer)
+
+    def after_batch(self, trainer: pl.Trainer) -> None:
+        """Take the readings of the rides on this batch's optimizer step."""
+        self._conclude(trainer, at_step=True)
 
     def after_epoch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure who is due at the end of this epoch."""
@@ -170,8 +170,7 @@ class Conductor:
     ) -> None:
         due = sorted(due, key=lambda c: c.takes_eigenpairs)
         self._owed.difference_update(due)
-        if current is not None:
-            due = self._passengers.board(trainer, module, due, step, current)
+        due = self._passengers.board(trainer, module, due, step, current)
         groups: dict[Hashable, list[SpectralCallback]] = {}
         for c in due:
             groups.setdefault(likeness(c), []).append(c)
@@ -199,6 +198,14 @@ class Conductor:
             for callback in readings:
                 self._learning_rates.remember(trainer, callback)
         self._publish(trainer, readings, step)
+
+    def _conclude(self, trainer: pl.Trainer, *, at_step: bool) -> None:
+        step = logging_step(trainer)
+        readings, recurring = self._passengers.conclude(trainer, step, at_step=at_step)
+        if recurring:
+            self._budget.pay_measurement(recurring, step=step)
+        if readings:
+            self._publish(trainer, readings, step)
 
     def _publish(self, trainer: pl.Trainer, readings: dict[SpectralCallback, dict[str, Reading]], step: int) -> None:
         """Append readings to the histories, and send them to the loggers."""

@@ -14,10 +14,10 @@ from spectral_callbacks.callbacks.base import SpectralCallback
 from spectral_callbacks.callbacks.batches import FrozenBatch
 from spectral_callbacks.callbacks.findings import Findings
 from spectral_callbacks.callbacks.gradient_statistics import add_classes, add_noise, add_overlap, add_spectrum
+from spectral_callbacks.callbacks.gram_rider import GramRider, Read, options_of_a_ride
 from spectral_callbacks.callbacks.labels import Labels, LabelSource
 from spectral_callbacks.callbacks.noise_average import NoiseAverage
 from spectral_callbacks.callbacks.reading import Reading, check_axis
-from spectral_callbacks.callbacks.rider import Read, Rider, options_of_a_ride
 from spectral_callbacks.callbacks.sample_conditions import loss_noise_alignment
 from spectral_callbacks.callbacks.sampling import population
 from spectral_callbacks.linalg import Eigenpairs, Estimate, Status, Tracker
@@ -166,7 +166,7 @@ class GradientCovariance(SpectralCallback):
         self._num_searched = min(num_eigenvalues, max(max_matvecs, 1))
         self._top = Tracker(self._num_searched, rtol=rtol, max_matvecs=max_matvecs, look_every=self.looks_every)
         self._attempt = Attempts(self.say)
-        self.rider = Rider(num_samples, by_parameter=per_layer, reader=self._reader, say=self.say) if ride else None
+        self.rider = GramRider(num_samples, by_parameter=per_layer, reader=self._reader, say=self.say) if ride else None
 
     def refusal(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
         """Return why this run cannot be measured, or None."""

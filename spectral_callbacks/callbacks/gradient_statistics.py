@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from spectral_callbacks.callbacks.findings import Findings
+from spectral_callbacks.callbacks.layers import layer_of, layer_tags
 from spectral_callbacks.callbacks.noise_average import NoiseAverage
 from spectral_callbacks.callbacks.reading import Spectrum
 from spectral_callbacks.linalg import Eigenpairs
@@ -18,9 +17,6 @@ from spectral_callbacks.metrics.covariance_spectrum import CovarianceSpectrum
 from spectral_callbacks.metrics.gradient_noise import GradientMoments, gradient_norm, mean_pairwise_cosine
 from spectral_callbacks.metrics.subspaces import covariance_overlap, top_subspace_share
 from spectral_callbacks.operators import SampleGram
-from spectral_callbacks.probe import plain_name
-
-_BESIDE_THE_GRAMMAR = re.compile(r"[^A-Za-z0-9_.-]")  # characters that a tag cannot have
 
 
 def add_spectrum(
@@ -66,7 +62,7 @@ def add_noise(found: Findings, seen: SampleGram, average: NoiseAverage, *, datas
         "gradient/noise_scale_high": scale.high,
     }
     layers = _by_layer(seen.by_parameter or {})
-    for layer, tag in _tags(layers).items():
+    for layer, tag in layer_tags(layers).items():
         of_layer = average(layer, GradientMoments.from_gram(layers[layer], dataset_size=dataset_size))
         found.readings[f"gradient/noise_scale/{tag}"] = of_layer.value
         found.readings[f"gradient/noise_scale_error/{tag}"] = of_layer.error
@@ -125,24 +121,6 @@ def _by_layer(by_parameter: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the inner products of the gradients by each module's own parameters."""
     layers: dict[str, Tensor] = {}
     for name, gram in by_parameter.items():
-        plain = plain_name(name)
-        layer = plain.rpartition(".")[0] or plain
+        layer = layer_of(name)
         layers[layer] = layers[layer] + gram if layer in layers else gram
     return layers
-
-
-def _tags(layers: Iterable[str]) -> dict[str, str]:
-    """Return each layer's name as a tag can have it; of several that would be called the same, later ones by number.
-
-    Example:
-        >>> _tags(["first part", "first_part", "first/part"])
-        {'first_part': 'first_part', 'first part': 'first_part_2', 'first/part': 'first_part_3'}
-    """
-    tags: dict[str, str] = {}
-    for layer in sorted(layers, key=lambda name: _BESIDE_THE_GRAMMAR.search(name) is not None):
-        tag = plain = _BESIDE_THE_GRAMMAR.sub("_", layer)
-        counted = itertools.count(2)
-        while tag in tags.values():
-            tag = f"{plain}_{next(counted)}"
-        tags[layer] = tag
-    return tags

@@ -1,4 +1,4 @@
-"""Passengers: who is on board of the coming backward pass of training, and what that costs."""
+"""Passengers: who is on board of the coming backward pass or optimizer step of training, and what that costs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from spectral_callbacks.callbacks.reading import Reading
 from spectral_callbacks.callbacks.schedule import Budget, clock
 from spectral_callbacks.linalg import Eigenpairs, Status
 from spectral_callbacks.operators import ParameterSpace
-from spectral_callbacks.probe import num_samples
 
 if TYPE_CHECKING:
     from spectral_callbacks.callbacks.base import SpectralCallback
@@ -27,7 +26,7 @@ Fail = Callable[[pl.Trainer, "SpectralCallback", Exception, int], None]
 
 
 class Passengers:
-    """The callbacks of one trainer that ride on its backward passes.
+    """The callbacks of one trainer that ride on its backward passes and optimizer steps.
 
     Args:
         probes: Makes those that they learn on.
@@ -52,14 +51,20 @@ class Passengers:
         module: pl.LightningModule,
         due: Iterable[SpectralCallback],
         step: int,
-        current: FrozenBatch,
+        current: FrozenBatch | None,
     ) -> list[SpectralCallback]:
-        """Let those that ride wait for the backward pass of a batch; return who is left to measure now."""
+        """Let those that ride wait for what training does with a batch; return who is left to measure now.
+
+        At an epoch's end there is no batch, and who waits for a step takes the next one.
+        """
         staying: list[SpectralCallback] = []
         for callback in due:
             rider = callback.rider
             if rider is None:
                 staying.append(callback)
+                continue
+            if current is None:
+                self._owed.add(callback)
                 continue
             probe = functools.partial(
                 self._probes.make, trainer, module, callback, [current], step, "training", learns_anew=True
@@ -67,7 +72,7 @@ class Passengers:
             began = clock(trainer)
             try:
                 with muted(trainer, module):
-                    boarded = num_samples(current) > 1 and rider.board(current, probe)  # one is none to tell apart
+                    boarded = rider.board(current, probe)
             except Exception as error:  # noqa: BLE001 - training must go on
                 self._fail(trainer, callback, error, step)
             else:
@@ -96,8 +101,9 @@ class Passengers:
         self._factor = scale / trainer.accumulate_grad_batches
         for callback, rider in list(self._aboard.items()):
             try:
-                space = ParameterSpace.trained_by(trainer.lightning_module, trainer.optimizers[callback.optimizer])
-                if not rider.attach(loss, self._pairs, space):
+                optimizer = trainer.optimizers[callback.optimizer]
+                trained = functools.partial(ParameterSpace.trained_by, trainer.lightning_module, optimizer)
+                if not rider.attach(loss, self._pairs, trained):
                     del self._aboard[callback]
                     self._owed.add(callback)
             except Exception as error:  # noqa: BLE001
@@ -105,13 +111,22 @@ class Passengers:
                 del self._aboard[callback]
                 self._fail(trainer, callback, error, step)
 
-    def conclude(self, trainer: pl.Trainer, step: int) -> tuple[dict[SpectralCallback, dict[str, Reading]], float]:
-        """Let all get off behind a backward pass.
+    def conclude(
+        self, trainer: pl.Trainer, step: int, *, at_step: bool
+    ) -> tuple[dict[SpectralCallback, dict[str, Reading]], float]:
+        """Let all get off that have seen what they waited for.
+
+        Args:
+            trainer: That they ride with.
+            step: Where the training is.
+            at_step: Whether an optimizer step lies behind, or a backward pass.
 
         Returns:
             The readings of each, under its final tags, and the seconds that the budgeted callbacks cost each time.
         """
-        aboard, self._aboard, self._pairs = self._aboard, {}, None
+        aboard = {c: rider for c, rider in self._aboard.items() if rider.waits_for_step == at_step}
+        self._aboard = {c: rider for c, rider in self._aboard.items() if c not in aboard}
+        self._pairs = None
         readings: dict[SpectralCallback, dict[str, Reading]] = {}
         recurring = 0.0
         try:
@@ -119,6 +134,9 @@ class Passengers:
                 began = clock(trainer)
                 try:
                     passed = rider.conclude(self._factor, self._overflowing)
+                    if passed is None:
+                        self._aboard[callback] = rider
+                        continue
                     if passed.readings is not None:
                         readings[callback] = callback.renamed(passed.readings)
                 except Exception as error:  # noqa: BLE001
@@ -132,16 +150,23 @@ class Passengers:
                 else:
                     recurring += seconds
         finally:
-            for rider in aboard.values():  # those behind one whose failure is raised
-                rider.get_off()
+            for callback, rider in aboard.items():  # those behind one whose failure is raised
+                if callback not in self._aboard:
+                    rider.get_off()
         return readings, recurring
 
-    def release(self) -> None:
-        """Take the hooks of a pass that did not come away."""
-        self._owed.update(self._aboard)
-        for rider in self._aboard.values():
+    def release(self, *, at_step: bool = True) -> None:
+        """Take the hooks of what did not come away.
+
+        Args:
+            at_step: Whether a new optimizer step begins, and not just another batch that is accumulated for it.
+        """
+        late = {c: rider for c, rider in self._aboard.items() if at_step or not rider.waits_for_step}
+        self._owed.update(late)
+        for callback, rider in late.items():
+            del self._aboard[callback]
             rider.get_off()
-        self._aboard, self._pairs = {}, None
+        self._pairs = None
 
     def _pay(self, callback: SpectralCallback, seconds: float) -> None:
         """Book what does not come again, or not out of the budget."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +14,10 @@ from spectral_callbacks.demo.synthetic import data_generator
 
 _NUM_IMAGES = 1797
 _NUM_CLASSES = 10
+_WHITEST = 16  # of the data set's pixels
+_DARKEST = 0.1  # what a blank pixel is, for models of positive data
+
+Pixels = Literal["standardized", "positive"]
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):
@@ -45,7 +49,7 @@ def _collated(batch: Any) -> Any:
 
 
 class DigitsDataModule(pl.LightningDataModule):
-    """Handwritten digits, split at random, each pixel standardised by the training images.
+    """Handwritten digits, split at random, each pixel standardised by the training images or positive.
 
     Batches are `(images (n, 64) float32, classes (n,) int64)`. Nothing is downloaded.
 
@@ -55,14 +59,20 @@ class DigitsDataModule(pl.LightningDataModule):
         seed: Fixes the split, the order of the batches and the wrong labels.
         label_noise: Share of the training images whose class is replaced by one drawn at random, which is the true one
             in a tenth of them; drawn once, so that every epoch sees the same. Validation keeps the true classes.
+        pixels: "standardized" by the training images, or "positive": from 0.1 for a blank pixel to 1.1.
 
     Raises:
-        ValueError: If the sizes or the share are out of range.
+        ValueError: If the sizes or the share are out of range, or the pixels are of neither kind.
         ModuleNotFoundError: On `setup`, if scikit-learn is missing.
     """
 
     def __init__(
-        self, batch_size: int | None = 64, num_train: int = 1000, seed: int = 0, label_noise: float = 0.0
+        self,
+        batch_size: int | None = 64,
+        num_train: int = 1000,
+        seed: int = 0,
+        label_noise: float = 0.0,
+        pixels: Pixels = "standardized",
     ) -> None:
         super().__init__()
         if not 0 < num_train < _NUM_IMAGES:
@@ -71,18 +81,24 @@ class DigitsDataModule(pl.LightningDataModule):
             raise ValueError(f"batch_size={batch_size!r} must be positive, or 0 for all images in one batch.")
         if not 0 <= label_noise <= 1:
             raise ValueError(f"label_noise={label_noise!r} is a share of the training images: it must lie in [0, 1].")
+        if pixels not in get_args(Pixels):
+            raise ValueError(f"pixels={pixels!r} must be one of {', '.join(map(repr, get_args(Pixels)))}.")
         self.batch_size = batch_size or num_train
         self.num_train = num_train
         self.seed = seed
         self.label_noise = label_noise
+        self.pixels = pixels
 
     def setup(self, stage: str) -> None:
-        """Load, split and standardise."""
+        """Load, split and scale."""
         images, classes = _load()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         train, val = order[: self.num_train], order[self.num_train :]
-        deviation, mean = torch.std_mean(images[train], dim=0, correction=0)
-        images = (images - mean) / torch.where(deviation > 0, deviation, 1)  # some pixels of the rim are blank
+        if self.pixels == "positive":
+            images = images / _WHITEST + _DARKEST
+        else:
+            deviation, mean = torch.std_mean(images[train], dim=0, correction=0)
+            images = (images - mean) / torch.where(deviation > 0, deviation, 1)  # some pixels of the rim are blank
         self._train = Samples(images[train], self._noisy(classes[train]))
         self._val = Samples(images[val], classes[val])
 

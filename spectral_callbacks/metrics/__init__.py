@@ -8,6 +8,11 @@ from spectral_callbacks.metrics.covariance_spectrum import CovarianceSpectrum as
 from spectral_callbacks.metrics.covariance_spectrum import covariance_spectrum as covariance_spectrum
 from spectral_callbacks.metrics.covariance_spectrum import effective_rank as effective_rank
 from spectral_callbacks.metrics.covariance_spectrum import participation_ratio as participation_ratio
+from spectral_callbacks.metrics.factor_imbalance import apparent_rank as apparent_rank
+from spectral_callbacks.metrics.factor_imbalance import excess_energy as excess_energy
+from spectral_callbacks.metrics.factor_imbalance import imbalance as imbalance
+from spectral_callbacks.metrics.factor_imbalance import product_singular_values as product_singular_values
+from spectral_callbacks.metrics.factor_imbalance import rate_exponent as rate_exponent
 from spectral_callbacks.metrics.gradient_noise import GradientMoments as GradientMoments
 from spectral_callbacks.metrics.gradient_noise import NoiseScale as NoiseScale
 from spectral_callbacks.metrics.gradient_noise import gradient_norm as gradient_norm
@@ -26,3 +31,4 @@ from spectral_callbacks.metrics.subspaces import noise_curvature_alignment as no
 from spectral_callbacks.metrics.subspaces import noise_weights as noise_weights
 from spectral_callbacks.metrics.subspaces import subspace_overlap as subspace_overlap
 from spectral_callbacks.metrics.subspaces import top_subspace_share as top_subspace_share
+from spectral_callbacks.metrics.update import Update as Update

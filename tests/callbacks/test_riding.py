@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from spectral_callbacks.callbacks import GradientCovariance, HessianSpectrum, Sharpness, SpectralCallback, schedule
+from spectral_callbacks.callbacks.gram_rider import GramRider
 from spectral_callbacks.callbacks.passengers import Passengers
 from spectral_callbacks.callbacks.probing import Probes
 from spectral_callbacks.callbacks.reading import Spectrum
@@ -95,7 +96,7 @@ def rides(monkeypatch: pytest.MonkeyPatch) -> list[GramRide]:
             self.has_brought = found is not None
             return found
 
-    monkeypatch.setattr("spectral_callbacks.callbacks.rider.GramRide", Noted)
+    monkeypatch.setattr("spectral_callbacks.callbacks.gram_rider.GramRide", Noted)
     return begun
 
 
@@ -382,7 +383,7 @@ def test_hooks_are_gone_after_an_exception(place: str, rides: list[GramRide]) ->
         fit(Crash(place), callback)
     assert len(rides) == (2 if place in ("training_step", "optimizer_step") else 3)
     assert not any(map(has_hooks, rides))
-    assert callback.rider is not None
+    assert isinstance(callback.rider, GramRider)
     assert callback.rider._ride is None
     assert callback.rider._seeded is None
 
@@ -555,7 +556,7 @@ def test_a_loss_that_cannot_be_hooked_on_to_is_said_once(monkeypatch: pytest.Mon
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             raise PlantedError("planted")
 
-    monkeypatch.setattr("spectral_callbacks.callbacks.rider.GramRide", Failing)
+    monkeypatch.setattr("spectral_callbacks.callbacks.gram_rider.GramRide", Failing)
     callback = rider(on_error="warn")
     with pytest.warns(UserWarning, match="planted Training goes on without this diagnostic") as warned:
         fit(Regression(), callback)
@@ -849,7 +850,7 @@ def test_where_the_first_of_two_fails_the_other_gets_off_too(
     assert len(rides) == (2 if fails == "_look_at" else 0)
     assert not any(map(has_hooks, rides))
     for callback in (first, second):
-        assert callback.rider is not None
+        assert isinstance(callback.rider, GramRider)
         assert callback.rider._ride is None
         assert callback.rider._seeded is None
 
@@ -885,7 +886,7 @@ def test_a_batch_that_cannot_be_counted_ends_the_diagnostic_alone(monkeypatch: p
     def fail(batch: Any) -> int:
         raise PlantedError("planted")
 
-    monkeypatch.setattr("spectral_callbacks.callbacks.passengers.num_samples", fail)
+    monkeypatch.setattr("spectral_callbacks.callbacks.gram_rider.num_samples", fail)
     callback = rider(on_error="warn")
     with pytest.warns(UserWarning, match="planted Training goes on without this diagnostic"):
         trainer = fit(Regression(), callback)

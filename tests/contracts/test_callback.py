@@ -43,6 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Sharpness": {"rtol": 0.1, "lambda_min": True, "max_matvecs": 6},
     "TraceStability": {"num_matvecs": 4, "num_draws": 2},
     "HessianSpectrum": {"num_eigenvalues": 2, "num_steps": 2, "num_probes": 1, "rtol": 0.1, "max_matvecs": 6},
+    "OptimizerState": {"per_layer": True},
+    "FactorImbalance": {"pairs": ["*:*"]},
     "GradientCovariance": {"num_eigenvalues": 2, "hessian": True, "per_layer": True, "rtol": 0.1, "max_matvecs": 6},
 }
 # Batch norm in training mode leaves no sample a gradient of its own.
@@ -385,10 +387,13 @@ def test_the_tags_that_its_charts_draw_are_tags_that_it_logs(make: Make) -> None
 
 
 def test_the_docstring_names_every_tag_that_it_logs_by_default(make: Make) -> None:
-    callback = type(make())(every_n_steps=2)
+    kind = type(make())
+    required: dict[str, Any] = {"pairs": [("net.0", "net.2")]} if kind.__name__ == "FactorImbalance" else {}
+    callback = kind(every_n_steps=2, **required)
     fit(Regression(), callback)
     text = inspect.getdoc(type(callback)) or ""
     tags = [re.sub(r"/lambda_\d+", "/lambda_2", tag) for tag in callback.history[0] if "/" in tag]  # one of many
+    tags = [re.sub(r"/net\.0-2$", "/<pair>", tag) for tag in tags]
     assert [tag for tag in tags if not tag.startswith("cost/") and tag not in text] == []
 
 
