@@ -9,12 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectral_callbacks.callbacks import FactorImbalance as FactorImbalance
     from spectral_callbacks.callbacks import GradientCovariance as GradientCovariance
     from spectral_callbacks.callbacks import HessianSpectrum as HessianSpectrum
+    from spectral_callbacks.callbacks import OptimizerState as OptimizerState
     from spectral_callbacks.callbacks import Sharpness as Sharpness
     from spectral_callbacks.callbacks import SpectralCallback as SpectralCallback
     from spectral_callbacks.callbacks import Spectrum as Spectrum
     from spectral_callbacks.callbacks import TraceStability as TraceStability
+    from spectral_callbacks.init import log_normal_weights_ as log_normal_weights_
+    from spectral_callbacks.init import rebalance_layers_ as rebalance_layers_
+    from spectral_callbacks.init import split_bias as split_bias
     from spectral_callbacks.linalg import Density as Density
     from spectral_callbacks.linalg import Eigenpairs as Eigenpairs
     from spectral_callbacks.linalg import Estimate as Estimate
@@ -29,11 +34,20 @@ if TYPE_CHECKING:
     from spectral_callbacks.operators import Hessian as Hessian
     from spectral_callbacks.operators import Objective as Objective
     from spectral_callbacks.operators import ParameterSpace as ParameterSpace
+    from spectral_callbacks.optim import DCTAdamW as DCTAdamW
+    from spectral_callbacks.optim import DiffGrad as DiffGrad
+    from spectral_callbacks.optim import ExponentiatedGradient as ExponentiatedGradient
+    from spectral_callbacks.optim import HypentropyGD as HypentropyGD
+    from spectral_callbacks.optim import Trion as Trion
+    from spectral_callbacks.optim import multiplicative_langevin_sample as multiplicative_langevin_sample
+    from spectral_callbacks.optim import multiplicative_score_matching_loss as multiplicative_score_matching_loss
     from spectral_callbacks.probe import Probe as Probe
     from spectral_callbacks.probe import undisturbed as undisturbed
     from spectral_callbacks.stability import Edge as Edge
+    from spectral_callbacks.stability import Frame as Frame
     from spectral_callbacks.stability import NoThresholdError as NoThresholdError
     from spectral_callbacks.stability import NotSteppedYetError as NotSteppedYetError
+    from spectral_callbacks.stability import ObservableOptimizer as ObservableOptimizer
     from spectral_callbacks.stability import edges as edges
     from spectral_callbacks.stability import no_threshold as no_threshold
     from spectral_callbacks.stability import stability_rule as stability_rule
@@ -41,12 +55,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "FactorImbalance": "callbacks",
     "GradientCovariance": "callbacks",
     "HessianSpectrum": "callbacks",
+    "OptimizerState": "callbacks",
     "Sharpness": "callbacks",
     "SpectralCallback": "callbacks",
     "Spectrum": "callbacks",
     "TraceStability": "callbacks",
+    "log_normal_weights_": "init",
+    "rebalance_layers_": "init",
+    "split_bias": "init",
     "Density": "linalg",
     "Eigenpairs": "linalg",
     "Estimate": "linalg",
@@ -61,28 +80,45 @@ _HOMES = {
     "Hessian": "operators",
     "Objective": "operators",
     "ParameterSpace": "operators",
+    "DCTAdamW": "optim",
+    "DiffGrad": "optim",
+    "ExponentiatedGradient": "optim",
+    "HypentropyGD": "optim",
+    "Trion": "optim",
+    "multiplicative_langevin_sample": "optim",
+    "multiplicative_score_matching_loss": "optim",
     "Probe": "probe",
     "undisturbed": "probe",
     "Edge": "stability",
+    "Frame": "stability",
     "NoThresholdError": "stability",
     "NotSteppedYetError": "stability",
+    "ObservableOptimizer": "stability",
     "edges": "stability",
     "no_threshold": "stability",
     "stability_rule": "stability",
 }
 __all__ = [
+    "DCTAdamW",
     "Density",
+    "DiffGrad",
     "Edge",
     "Eigenpairs",
     "Estimate",
+    "ExponentiatedGradient",
+    "FactorImbalance",
+    "Frame",
     "GaussNewton",
     "GradientCovariance",
     "Hessian",
     "HessianSpectrum",
+    "HypentropyGD",
     "LinearOperator",
     "NoThresholdError",
     "NotSteppedYetError",
     "Objective",
+    "ObservableOptimizer",
+    "OptimizerState",
     "ParameterSpace",
     "Probe",
     "Sharpness",
@@ -91,11 +127,17 @@ __all__ = [
     "Status",
     "TraceStability",
     "Tracker",
+    "Trion",
     "edges",
     "eigsh",
     "frobenius_norm",
+    "log_normal_weights_",
+    "multiplicative_langevin_sample",
+    "multiplicative_score_matching_loss",
     "no_threshold",
+    "rebalance_layers_",
     "spectral_density",
+    "split_bias",
     "stability_rule",
     "trace",
     "undisturbed",

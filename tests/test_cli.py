@@ -19,6 +19,7 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
+import spectral_callbacks.optim
 from spectral_callbacks import Sharpness, SpectralCallback
 from spectral_callbacks.cli import config_folder, main, run
 from spectral_callbacks.cli.report import Report, show
@@ -30,6 +31,7 @@ torch.set_num_threads(1)
 CONFIGS = sorted(config_folder().glob("*.yaml"))
 SWEEPS = [config for config in CONFIGS if "sweep" in yaml.safe_load(config.read_text())]
 at_initialization = pytest.mark.filterwarnings("ignore:.*left out wherever no bulk ends")  # there is none yet
+in_the_race = pytest.mark.filterwarnings("ignore:.*friction is within", "ignore:.*Trion has no finite threshold")
 CSV = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}"
 TINY = """
 model: {class_path: tests.test_cli.Line}
@@ -106,6 +108,7 @@ def test_every_config_fits_as_it_is_and_measures_the_first_step(config: Path, in
 
 
 @at_initialization
+@in_the_race
 @pytest.mark.parametrize("config", SWEEPS, ids=lambda config: config.stem)
 def test_every_sweep_trains_each_of_its_runs_into_a_folder_of_its_own(config: Path, in_empty_folder: Path) -> None:
     results = sweep([str(config), "--trainer.max_steps=2"])
@@ -355,6 +358,93 @@ def test_the_optimizer_of_the_config_takes_the_place_of_the_models_own() -> None
     (used,) = cli.trainer.optimizers
     assert isinstance(used, torch.optim.SGD)
     assert (used.defaults["lr"], used.defaults["momentum"]) == (0.25, 0.5)
+
+
+QUICKLY = ("--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
+OPTIMIZERS = {
+    "DiffGrad": {"lr": 0.01, "betas": (0.8, 0.99), "friction": "relative", "previous_grad_dtype": "bfloat16"},
+    "DCTAdamW": {"betas": (0.8, 0.99), "rank": 4, "error_feedback": "8bit"},
+    "Trion": {"rank": 0.5, "adamw_betas": (0.8, 0.99), "scale": "dion"},
+    "ExponentiatedGradient": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+    "HypentropyGD": {"lr": 0.1, "beta": 0.5},
+}
+
+
+def config_with(folder: Path, optimizer: Mapping[str, Any], model: str = "DaleClassifier") -> str:
+    (folder / "own.yaml").write_text(yaml.safe_dump({"model": {"class_path": model}, "optimizer": dict(optimizer)}))
+    return "own.yaml"
+
+
+def as_yaml(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "spectral_callbacks.", "spectral_callbacks.optim."])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_of_a_config_goes_by_its_class_path_or_its_name(
+    name: str, prefix: str, in_empty_folder: Path
+) -> None:
+    settings = OPTIMIZERS[name]
+    own = config_with(in_empty_folder, {"class_path": prefix + name, "init_args": as_yaml(settings)})
+    (used,) = run(["fit", "--config", own, *QUICKLY]).trainer.optimizers
+    assert type(used) is getattr(spectral_callbacks.optim, name)
+    assert all(as_yaml(used.defaults)[key] == value for key, value in as_yaml(settings).items())
+    assert all(
+        used.state[p] or name in {"ExponentiatedGradient", "HypentropyGD"} for p in used.param_groups[0]["params"]
+    )
+
+
+def test_the_names_are_known_to_a_process_that_imported_nothing() -> None:
+    model = ["--model=lightning.pytorch.demos.boring_classes.BoringModel", "--data=null"]
+    options = ["--optimizer=HypentropyGD", "--trainer.callbacks=OptimizerState", "--trainer.callbacks.every_n_steps=1"]
+    program = f"from spectral_callbacks.cli import run; cli = run({['fit', *model, *options, *QUICKLY]!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program + "print(type(cli.trainer.optimizers[0]), cli.trainer.callbacks)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin"},
+    )
+    assert "HypentropyGD" in done.stdout
+    assert "OptimizerState" in done.stdout
+
+
+@pytest.mark.parametrize("callback", ["Sharpness", "OptimizerState", "spectral_callbacks.OptimizerState"])
+def test_a_callback_goes_by_its_class_path_or_its_name(callback: str) -> None:
+    options = [f"--trainer.callbacks={callback}", "--trainer.callbacks.every_n_steps=1"]
+    (found,) = spectral(run(["fit", *options, *QUICKLY]).trainer)
+    assert type(found).__name__ == callback.rpartition(".")[2]
+    assert found.history
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("DiffGrad", {"lr": -1.0}, "lr is -1.0, and must be"),
+        ("DiffGrad", {"betas": [0.9, 1.5]}, r"betas\[1\] is 1.5, and must be"),
+        ("DiffGrad", {"previous_grad_dtype": "int8"}, "previous_grad_dtype is 'int8', and must be"),
+        ("DCTAdamW", {"rank": 1.5}, "rank is 1.5, and must be"),
+        ("Trion", {"momentum": 1.0}, "momentum is 1.0, and must be"),
+        ("ExponentiatedGradient", {"max_log_step": 0.0}, "max_log_step is 0.0, and must be"),
+        ("HypentropyGD", {"beta": 0.0}, "beta is 0.0, and must be"),
+    ],
+)
+def test_a_wrong_setting_of_an_optimizer_is_a_value_error_that_names_it(
+    name: str, settings: Mapping[str, Any], message: str, in_empty_folder: Path
+) -> None:
+    own = config_with(in_empty_folder, {"class_path": name, "init_args": settings})
+    with pytest.raises(ValueError, match=message):
+        run(["fit", "--config", own, *QUICKLY])
+
+
+@pytest.mark.parametrize("settings", [{"frction": "relative"}, {"friction": "none"}, {"betas": 0.9}])
+def test_a_setting_that_an_optimizer_does_not_have_is_refused_by_name(
+    settings: Mapping[str, Any], in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = config_with(in_empty_folder, {"class_path": "DiffGrad", "init_args": settings})
+    with pytest.raises(SystemExit):
+        run(["fit", "--config", own, *QUICKLY])
+    assert next(iter(settings)) in capsys.readouterr().err
 
 
 def test_model_and_data_are_the_demos_unless_named() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import inspect
 import pathlib
 import re
@@ -7,7 +8,19 @@ from typing import Any
 
 import pytest
 
-from spectral_callbacks import GradientCovariance, HessianSpectrum, Sharpness, SpectralCallback, TraceStability
+from spectral_callbacks import (
+    DCTAdamW,
+    DiffGrad,
+    ExponentiatedGradient,
+    FactorImbalance,
+    GradientCovariance,
+    HessianSpectrum,
+    HypentropyGD,
+    OptimizerState,
+    Sharpness,
+    SpectralCallback,
+    TraceStability,
+)
 from tests.callbacks.runs import Regression, fit, loader, sgd
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,10 +40,17 @@ def readme_names() -> dict[str, Any]:
 
 
 def test_every_python_block_runs_as_it_stands(readme_names: dict[str, Any]) -> None:
-    assert len(_blocks("python")) == 3
+    assert len(_blocks("python")) == 4
     assert readme_names["pairs"].status.name == "CONVERGED"
     assert [row["step"] for row in readme_names["sharpness"].history] == [0, 10]
     assert issubclass(readme_names["GradientNorm"], readme_names["SpectralCallback"])
+
+
+def _named(kind: type[SpectralCallback]) -> set[str]:
+    """The tags in the table of a callback."""
+    section = README.partition(f"### `{kind.__name__}`")[2].partition("\n##")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", section, flags=re.MULTILINE)
+    return {tag for row in rows for tag in re.findall(r"`(\w+/\w+(?:/<pair>)?)`", row)}
 
 
 class Plain(Regression):
@@ -48,9 +68,7 @@ def test_its_tables_of_tags_name_what_a_run_logs(kind: type[SpectralCallback]) -
     fit(Plain(), callback, data=loader(128, 32), max_epochs=2)
     logged = {re.sub(r"lambda_\d+", "lambda_2", tag) for tag in callback.history[-1]} - {"step", "cost/overhead"}
     logged = {tag for tag in logged if not tag.endswith(("_residual", "_error"))}
-    section = README.partition(f"### `{kind.__name__}`")[2].partition("\n##")[0]
-    rows = re.findall(r"^\| (`.*?`) \|", section, flags=re.MULTILINE)
-    named = {tag for row in rows for tag in re.findall(r"`(\w+/\w+)`", row)}
+    named = _named(kind)
     on_request = {"sharpness/preconditioned_lambda_max", "sharpness/preconditioned_threshold"}
     on_request |= {"sharpness/lambda_2", "sharpness/lambda_min"} if kind is Sharpness else set()
     on_request |= (
@@ -59,6 +77,26 @@ def test_its_tables_of_tags_name_what_a_run_logs(kind: type[SpectralCallback]) -
     logged |= {"gradient/noise_scale_high"} if kind is GradientCovariance else set()  # left out where it has no end
     named = {tag for tag in named if not tag.endswith("_error")} - {"cost/overhead"}
     assert logged == named - on_request
+
+
+@pytest.mark.filterwarnings("ignore:.*friction is within:UserWarning")
+def test_the_table_of_what_optimizers_tell_names_all_of_it() -> None:
+    logged: set[str] = set()
+    for make in (DiffGrad, ExponentiatedGradient, HypentropyGD, functools.partial(DCTAdamW, error_feedback="full")):
+        callback = OptimizerState(every_n_steps=1)
+        fit(Regression(make), callback, data=loader(), max_epochs=1)
+        logged |= set(callback.history[-1])
+    assert logged - {"step", "cost/overhead"} == _named(OptimizerState)
+
+
+def test_the_table_of_factors_names_what_a_run_logs() -> None:
+    callback = FactorImbalance([("net.0", "net.2")], every_n_steps=1)
+    fit(Plain(), callback, data=loader(), max_epochs=5)
+    pair = re.compile(r"(imbalance/\w+)/.*")
+    logged = {pair.sub(r"\1/<pair>", tag) for tag in callback.history[-1]} - {"step", "cost/overhead"}
+    errors = {"imbalance/rate_exponent_error", "imbalance/rate_exponent_error/<pair>"}
+    assert errors <= logged
+    assert logged - errors == _named(FactorImbalance)
 
 
 def test_the_table_of_options_names_those_of_the_base_class() -> None:

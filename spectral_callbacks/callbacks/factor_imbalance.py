@@ -57,7 +57,8 @@ class FactorImbalance(SpectralCallback):
     Args:
         pairs: Each two names, or "first:second", of parameters or modules, in the order in which they are applied:
             weights (k, n) and (m, k) of layers have the product second @ first, F the second one's. Two matrices of as
-            many columns that do not fit so are F and G. `*` stands for the same in both: "*.lora_A:*.lora_B".
+            many columns that do not fit so are F and G. `*` stands for the same in both: "*.lora_A.*:*.lora_B.*" are
+            those of PEFT, whose names end in an adapter's.
         rank: Of what is to be learned; without it, where the singular values of a product fall most at each look.
         **options: Those of `SpectralCallback`; under manual optimization the rate of the loss needs `loss`.
 
@@ -75,7 +76,7 @@ class FactorImbalance(SpectralCallback):
     def __init__(self, pairs: Sequence[str | tuple[str, str]], *, rank: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         if not pairs or isinstance(pairs, str):
-            raise ValueError(f"pairs={pairs!r} must be a list of pairs, for example ['*.lora_A:*.lora_B'].")
+            raise ValueError(f"pairs={pairs!r} must be a list of pairs, for example ['*.lora_A.*:*.lora_B.*'].")
         if rank is not None and rank < 1:
             raise ValueError(f"rank={rank!r} must be at least 1; leave it out to take where singular values fall most.")
         self._wanted = list(pairs)

@@ -97,7 +97,7 @@ def _names(entry: str | Sequence[str]) -> tuple[str, str]:
     if len(names) != 2 or not all(names):
         raise ValueError(
             f"pairs holds {entry!r}, and must hold pairs of names, such as ('encoder.0', 'encoder.1') or "
-            "'*.lora_A.weight:*.lora_B.weight'."
+            "'*.lora_A.*:*.lora_B.*'."
         )
     return names[0], names[1]
 

@@ -80,7 +80,8 @@ class OptimizerState(SpectralCallback):
     )
 
     def __init__(self, per_layer: bool = False, *, linear_below: float = 1e-3, **options: Any) -> None:
-        super().__init__(**{**options, "data": "current", "num_batches": 1})
+        options |= {"data": "current", "num_batches": 1}
+        super().__init__(**options)
         check_axis(linear_below)
         self._per_layer = per_layer
         self._linear_below = linear_below

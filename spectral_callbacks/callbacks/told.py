@@ -14,7 +14,7 @@ from spectral_callbacks.metrics.update import whole
 _MOST_ENTRIES = 1 << 20  # that quantiles are taken of
 _QUANTILES = (5, 50, 95)  # per cent
 _NUM_POINTS = 256  # of a histogram
-_Q = torch.cat([torch.tensor(_QUANTILES) / 100, (torch.arange(_NUM_POINTS) + 0.5) / _NUM_POINTS]).double()
+_Q = [percent / 100 for percent in _QUANTILES] + [(i + 0.5) / _NUM_POINTS for i in range(_NUM_POINTS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Told:
         if not self.is_entrywise:
             return found
         entries = self.entries(seed)
-        values = torch.quantile(entries, _Q)
+        values = torch.quantile(entries, entries.new_tensor(_Q))
         for percent, value in zip(_QUANTILES, values.tolist(), strict=False):
             found[f"{tag}_q{percent:02d}"] = value
         points = values[len(_QUANTILES) :]

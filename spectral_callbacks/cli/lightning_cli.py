@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from collections.abc import Sequence
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 _OF_SWEEP = ("sweep", "report")  # keys of a config that are no options of a run
+# Whose classes are found without their path, as --optimizer=DiffGrad: those that are imported are.
+_BY_SHORT_NAME = ("spectral_callbacks.callbacks", "spectral_callbacks.demo", "spectral_callbacks.optim")
 
 
 def run(arguments: Sequence[str], *, callbacks: Sequence[pl.Callback] = ()) -> LightningCLI:
     """Run a command of the LightningCLI.
 
     Model and data are the demo's unless `--model` and `--data`, or the config, name another LightningModule and
-    LightningDataModule. A config's `sweep` and `report` belong to the command `sweep`; other commands pass them over.
+    LightningDataModule. Classes of this package need no path: `--optimizer=DiffGrad`. A config's `sweep` and `report`
+    belong to the command `sweep`; other commands pass them over.
 
     Args:
         arguments: fit, validate, test or predict, and its options.
@@ -49,6 +53,9 @@ def quiet() -> None:
 
 def _cli_class() -> type[LightningCLI]:
     from lightning.pytorch.cli import LightningCLI
+
+    for package in _BY_SHORT_NAME:
+        importlib.import_module(package)
 
     class SpectralCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

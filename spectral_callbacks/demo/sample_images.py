@@ -75,7 +75,8 @@ class SampleImages(pl.Callback):
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, MultiplicativeDiffusion):
             raise ValueError(
-                f"SampleImages draws from a MultiplicativeDiffusion, and got a {type(pl_module).__name__}."
+                f"SampleImages draws from a MultiplicativeDiffusion, and the model is a {type(pl_module).__name__}: "
+                "train that model, or leave SampleImages out of the callbacks."
             )
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not boards or self._last == trainer.global_step or not trainer.is_global_zero:

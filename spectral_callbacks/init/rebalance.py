@@ -92,7 +92,8 @@ def rebalance_layers_(first: nn.Linear, second: nn.Linear, beta: float = 1.0) ->
         beta: All singular values of the second layer's new weight.
 
     Raises:
-        ValueError: If the second does not fit behind the first, and as `rebalanced`; then both are as they were.
+        ValueError: If the second does not fit behind the first, or a weight or bias is computed from other parameters;
+            and as `rebalanced`. Then both are as they were.
 
     Example:
         >>> first, second, x = nn.Linear(5, 2), nn.Linear(2, 4), torch.ones(5)
@@ -107,6 +108,12 @@ def rebalance_layers_(first: nn.Linear, second: nn.Linear, beta: float = 1.0) ->
             "layers of which the second takes the outputs of the first."
         )
     bias: Tensor | None = first.bias
+    for name, value in (("first.weight", first.weight), ("first.bias", bias), ("second.weight", second.weight)):
+        if value is not None and not isinstance(value, nn.Parameter):
+            raise ValueError(
+                f"{name} is computed from other parameters, as by `split_bias` or a weight norm, so that its values "
+                "cannot be replaced: rebalance the layers first, and parametrize them then."
+            )
     rows = first.weight if bias is None else torch.cat([first.weight, bias[:, None]], dim=1)
     new_F, new_G = rebalanced(second.weight, rows.T, beta)
     second.weight.copy_(new_F)

@@ -127,7 +127,7 @@ def _basis(rows: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _cached_basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         j = torch.arange(n, dtype=torch.int64)
         phase = (2 * j[:, None] + 1) * j % (4 * n)  # cos has the period 4n in it: exact for every n
         Q = torch.cos(phase.double() * (math.pi / (2 * n))) * math.sqrt(2 / n)
@@ -137,7 +137,7 @@ def _cached_basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _cached_plan(n: int, dtype: torch.dtype, device: torch.device) -> _Plan:
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         order = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])[-torch.arange(n) % n]
         k = torch.arange(n // 2 + 1)
         scale = torch.full((n // 2 + 1,), math.sqrt(2 / n), dtype=torch.float64)

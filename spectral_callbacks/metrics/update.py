@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 _BLOCK = 1 << 16  # entries that are summed in double precision at a time, in a CPU's cache
 _LARGE_BLOCK = 1 << 22  # elsewhere, where each block is some kernels to be launched
@@ -103,6 +102,10 @@ def update_products(before: Tensor, after: Tensor, gradient: Tensor, *, maximize
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor with all its entries on this process; of a sharded one, on every process that has a part."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor  # costs a second, and some builds of PyTorch lack it
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -34,6 +34,9 @@ class Optimizer(ObservableOptimizer):
         """Raise a ValueError unless the settings of a group obey their rules; called before a group is added."""
         check_lr(group["lr"])
 
+    def _refuse(self) -> None:
+        """Raise if the step must not be taken; called behind the closure, before any parameter moves."""
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, with settings of its own.
 
@@ -61,6 +64,7 @@ class Optimizer(ObservableOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in parameters):
@@ -117,6 +121,12 @@ def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     if isinstance(like, DTensor) and tensor.placements != like.placements:
         tensor = tensor.redistribute(like.device_mesh, like.placements)
     return tensor.to_local()
+
+
+def new_step(device: torch.device | str = "cpu") -> Tensor:  # scalar
+    """Return step 0, in the dtype that PyTorch's optimizers count in: float32, unless float64 is the default."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from spectral_callbacks.optim.base import Group, check_betas, local, require
+from spectral_callbacks.optim.base import Group, check_betas, local, new_step, require
 from spectral_callbacks.optim.columns import BASES, Basis, carry_over, energies, strongest
 from spectral_callbacks.optim.error_feedback import ERROR_FEEDBACKS
 from spectral_callbacks.optim.lines import Lines, lines_of
@@ -19,7 +19,6 @@ from spectral_callbacks.optim.low_rank import (
     captured,
     check_low_rank,
     is_matrix,
-    new_step,
     number_of_columns,
 )
 from spectral_callbacks.stability import Edge, Frame, NotSteppedYetError, stability_rule
@@ -133,7 +132,7 @@ class DCTAdamW(LowRankOptimizer):
             state["columns"] = torch.arange(r, dtype=torch.int32, device=gradient.device)
             state["ages"] = torch.zeros_like(state["columns"])
             state["exp_avg"], state["exp_avg_sq"] = (lines.zeros(r, gradient.dtype) for _ in range(2))
-            state |= feedback.empty(lines, gradient.dtype)
+        feedback.fit(state, lines, gradient.dtype)  # the setting may have changed between steps
         since_selection = int(state["step"]) % group["refresh_every"]
         state["step"] += 1
         columns, ages, exp_avg, exp_avg_sq = (local(state[name]) for name in _BY_COLUMN)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from spectral_callbacks.optim.base import Group, Optimizer, State, check_betas, check_lr, local, require
+from spectral_callbacks.optim.base import Group, Optimizer, State, check_betas, check_lr, local, new_step, require
 from spectral_callbacks.optim.friction import Rule, Slot, step_alone, step_blocks, step_compiled, step_lists
 from spectral_callbacks.stability import Edge, NotSteppedYetError, stability_rule
 from spectral_callbacks.stability.torch_optim import adam
@@ -106,7 +106,6 @@ class DiffGrad(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        self._check(defaults)
         super().__init__(params, defaults)
 
     def _check(self, group: Group) -> None:
@@ -230,9 +229,7 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _counter(p: Tensor, group: Group) -> Tensor:
-    """Return the step 0, in the dtype that PyTorch's optimizers count in: float32, unless all is float64."""
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.zeros((), dtype=dtype, device=p.device if group["capturable"] or group["fused"] else "cpu")
+    return new_step(p.device if group["capturable"] or group["fused"] else "cpu")
 
 
 def _real(tensor: Tensor) -> Tensor:

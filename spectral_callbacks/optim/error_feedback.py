@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +34,21 @@ def quantize(
 
 
 class ErrorFeedback(abc.ABC):
-    """How the error of a projection is kept from one step to the next."""
+    """How the error of a projection is kept from one step to the next.
+
+    Attributes:
+        names: Of its part of the state.
+    """
+
+    names: ClassVar[frozenset[str]] = frozenset()
+
+    def fit(self, state: dict[str, Tensor], lines: Lines, dtype: torch.dtype) -> None:
+        """Make a state one of this kind: what another kind kept is dropped, and no error is held."""
+        held = state.keys() & {"error", "error_scale"}
+        if held != self.names:
+            for name in held:
+                del state[name]
+            state |= self.empty(lines, dtype)
 
     @abc.abstractmethod
     def empty(self, lines: Lines, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -66,6 +81,8 @@ class Forgotten(ErrorFeedback):
 class Exact(ErrorFeedback):
     """The error as it is: one number an entry of the parameter."""
 
+    names: ClassVar[frozenset[str]] = frozenset({"error"})
+
     def empty(self, lines: Lines, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `ErrorFeedback`."""
         return {"error": lines.zeros(lines.width, dtype)}
@@ -81,6 +98,8 @@ class Exact(ErrorFeedback):
 
 class Quantized(ErrorFeedback):
     """The error in one byte an entry, and one number a line."""
+
+    names: ClassVar[frozenset[str]] = frozenset({"error", "error_scale"})
 
     def empty(self, lines: Lines, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `ErrorFeedback`."""

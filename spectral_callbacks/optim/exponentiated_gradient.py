@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_callbacks.optim.base import Group, check_lr, local, require
+from spectral_callbacks.optim.base import Group, check_lr, local, new_step, require
 from spectral_callbacks.optim.log_normality import log_magnitudes
 from spectral_callbacks.optim.mirror import (
     Kernel,
@@ -113,8 +113,8 @@ class ExponentiatedGradient(MirrorDescent):
         super().__setstate__(state)
         self._checked = set()
         for of_parameter in self.state.values():
-            if "step" in of_parameter:
-                of_parameter["step"] = torch.as_tensor(of_parameter["step"], dtype=torch.float32)
+            if "step" in of_parameter and not isinstance(of_parameter["step"], Tensor):
+                of_parameter["step"] = new_step().fill_(of_parameter["step"])
 
     def diagnostics(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return what the signs and the magnitudes of a parameter tell.
@@ -214,7 +214,7 @@ class ExponentiatedGradient(MirrorDescent):
         """Return what the noise adds to a parameter's exponent, √(2 lr T) z."""
         if not group["temperature"]:
             return None
-        step = self.state[p].setdefault("step", torch.tensor(0.0))
+        step = self.state[p].setdefault("step", new_step())
         step += 1
         z = seeded_noise(p, group["seed"], int(step), index[p])
         return z * (2 * rate(group["lr"], z) * group["temperature"]) ** 0.5

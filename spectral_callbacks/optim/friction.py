@@ -111,7 +111,7 @@ def step_blocks(slots: Sequence[Slot], rule: Rule, steps: Sequence[Number]) -> N
     Where it can, PyTorch's fused Adam updates both averages of a block in one pass. Pointed at zeros instead of the
     weights, it leaves the step -lr m / ((1 - b^t) d) there.
     """
-    scratch: dict[torch.dtype, Tensor] = {}
+    scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
     counts: dict[Number, Tensor] = {}
     most = min(block_size(), max(slot.parameter.numel() for slot in slots))
     for slot, step in zip(slots, steps, strict=True):
@@ -121,11 +121,11 @@ def step_blocks(slots: Sequence[Slot], rule: Rule, steps: Sequence[Number]) -> N
                 step_alone(Slot(*block), rule, step)
             continue
         if dtype not in scratch:
-            scratch[dtype] = slot.parameter.new_empty(most)
+            scratch[dtype] = slot.parameter.new_empty(most), slot.parameter.new_ones(())
         if step not in counts:
             counts[step] = torch.tensor(float(step), dtype=torch.float32)
         for block in blocks(*slot):
-            _step_block(Slot(*block), rule, counts[step], scratch[dtype], _fused_adam)
+            _step_block(Slot(*block), rule, counts[step], *scratch[dtype], _fused_adam)
 
 
 def step_compiled(slots: Sequence[Slot], rule: Rule, steps: Sequence[Number]) -> list[int]:
@@ -198,7 +198,7 @@ def _step_list(slots: Sequence[Slot], rule: Rule, scales: Sequence[tuple[Number,
     torch._foreach_add_(previous, g)
 
 
-def _step_block(slot: Slot, rule: Rule, step: Tensor, scratch: Tensor, fused: Callable[..., None]) -> None:
+def _step_block(slot: Slot, rule: Rule, step: Tensor, scratch: Tensor, one: Tensor, fused: Callable[..., None]) -> None:
     p, g, m, v, previous, largest, friction = slot
     g = rule.seen(p, g)
     rule.decay(p)
@@ -226,7 +226,7 @@ def _step_block(slot: Slot, rule: Rule, step: Tensor, scratch: Tensor, fused: Ca
         slowing = previous - g
     if rule.relative:
         slowing.div_(_denominator(v if largest is None else largest, rule, rule.scales(step.item())[1]))
-    slowing.copysign_(-1.0).exp_().add_(1)
+    slowing.abs_().neg_().exp_().add_(one)  # a number would become a tensor at each block
     p.addcdiv_(direction, slowing)
     if friction is not None:
         slowing.reciprocal_()

@@ -122,7 +122,7 @@ def _move(weights: list[Tensor], gradients: list[Tensor], group: Group) -> None:
     write_back(weights, wide)
 
 
-def _sinh_(u: list[Tensor]) -> None:
+def _sinh_(u: list[Tensor] | tuple[Tensor, ...]) -> None:
     """Turn u into sinh(u) = (E + E / (E + 1)) / 2, E = exp(u) - 1.
 
     PyTorch's own sinh rounds an entry by its place in the tensor on the CPU, and a shard has other places.

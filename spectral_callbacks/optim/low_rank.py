@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from spectral_callbacks.optim.base import Group, Optimizer, check_lr, require
+from spectral_callbacks.optim.base import Group, Optimizer, check_lr, new_step, require
 from spectral_callbacks.optim.columns import BASES, Basis
 from spectral_callbacks.optim.lines import Lines, lines_of, working_dtype
 
@@ -83,10 +83,11 @@ class LowRankOptimizer(Optimizer):
             self._step_others(group, others)
         for p in matrices:
             lines = lines_of(p)
-            gradient = lines.of(_gradient(p))
+            gradient = lines.of(cast(Tensor, p.grad))
             if group["maximize"]:
                 gradient = -gradient
-            self._move(group, p, lines, self._basis(group, p, lines), gradient)
+            with torch.autocast(p.device.type, enabled=False):  # a training_step that steps itself runs under it
+                self._move(group, p, lines, self._basis(group, p, lines), gradient)
 
     def _step_others(self, group: Group, parameters: list[Tensor]) -> None:
         for p in parameters:
@@ -98,7 +99,7 @@ class LowRankOptimizer(Optimizer):
         states = [self.state[p] for p in parameters]
         adamw(
             parameters,
-            [_gradient(p) for p in parameters],
+            [cast(Tensor, p.grad) for p in parameters],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -135,11 +136,6 @@ def number_of_columns(rank: int | float, width: int) -> int:
     return min(rank, width) if isinstance(rank, int) else max(1, round(rank * width))
 
 
-def new_step() -> Tensor:
-    """Return step 0, of torch.optim's type."""
-    return torch.zeros((), dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32)
-
-
 def captured(lines: Lines, part: Tensor, whole: Tensor) -> Tensor:  # scalar
     """Return the share of a matrix's squares that its selected coefficients hold; 0 of a matrix of zeros."""
     some, all_ = lines.total(torch.stack([part.square().sum(), whole.square().sum()]))
@@ -166,9 +162,3 @@ def check_low_rank(group: dict[str, Any]) -> None:
         "a number of columns (an int of 1 or more) or a share of the width in (0, 1]",
     )
     require(basis in BASES, "basis", basis, f"one of {', '.join(BASES)}")
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        raise RuntimeError("a parameter without a gradient does not step.")
-    return parameter.grad

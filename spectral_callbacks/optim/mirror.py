@@ -46,26 +46,6 @@ class MirrorDescent(Optimizer):
             self.param_groups.pop()
             raise
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step, of all parameters or of none.
-
-        Args:
-            closure: Evaluates the model again and returns the loss.
-
-        Returns:
-            What the closure returned; None without one.
-
-        Raises:
-            RuntimeError: If a gradient is sparse, infinite or not a number.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._refuse()
-        super().step()
-        return loss
-
     def _refuse_group(self, places: list[Place]) -> None:
         """Raise a ValueError unless the parameters of a group can be trained."""
         for group, i, j in places:
@@ -77,7 +57,7 @@ class MirrorDescent(Optimizer):
 
     @torch.no_grad()
     def _refuse(self) -> None:
-        """Raise if the step must not be taken."""
+        """Raise a RuntimeError if a gradient is infinite or not a number."""
         places: list[Place] = []
         gradients: list[Tensor] = []
         for i, group in enumerate(self.param_groups):

@@ -62,7 +62,7 @@ def multiplicative_langevin_sample(
     """
     require(step_size > 0, "step_size", step_size, "positive")
     require(num_steps >= 0, "num_steps", num_steps, "0 or more")
-    _require_nonzero(x0)
+    _require_nonzero("x0", x0)
     x = x0
     for _ in range(num_steps):
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
@@ -108,7 +108,7 @@ def reverse_diffusion(
     """
     decreasing = all(b < a for a, b in itertools.pairwise(noise_scales))
     require(decreasing and all(s > 0 for s in noise_scales), "noise_scales", noise_scales, "positive and decreasing")
-    _require_nonzero(x)
+    _require_nonzero("x", x)
     for scale, following in zip(noise_scales, [*noise_scales[1:], 0.0], strict=True):
         drift = score(x, x.new_full((len(x),), scale)) + 1
         variance = scale**2 - following**2
@@ -120,6 +120,9 @@ def reverse_diffusion(
     return x
 
 
-def _require_nonzero(x: Tensor) -> None:
-    if (x == 0).any():
-        raise ValueError("some entry of x is zero, and no multiplicative step moves it: shift the data away from zero.")
+def _require_nonzero(name: str, x: Tensor) -> None:
+    if num_zeros := int((x == 0).sum()):
+        raise ValueError(
+            f"{name} {tuple(x.shape)} is zero in {num_zeros} of its entries, and no multiplicative step moves a zero: "
+            "shift the data away from it."
+        )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
+
+from spectral_callbacks.optim.base import local
 
 
 def seeded_noise(parameter: Tensor, seed: int, step: int, index: int) -> Tensor:
@@ -30,10 +33,9 @@ def seeded_noise(parameter: Tensor, seed: int, step: int, index: int) -> Tensor:
     generator = torch.Generator(parameter.device).manual_seed(mixed)
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     noise = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=dtype)
-    if not torch.distributed.is_available():
+    if local(parameter) is parameter:
         return noise
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor  # costs a second, and some builds lack it
 
-    if not isinstance(parameter, DTensor):
-        return noise
-    return distribute_tensor(noise, parameter.device_mesh, parameter.placements).to_local()
+    whole = cast(DTensor, parameter)
+    return distribute_tensor(noise, whole.device_mesh, whole.placements).to_local()

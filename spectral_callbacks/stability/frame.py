@@ -10,14 +10,20 @@ from torch import Tensor
 class Frame(abc.ABC):
     """An orthogonal map of tensors of one parameter's shape onto tensors of the same shape.
 
-    An optimizer that works in other coordinates than the parameter's entries has the metric
-    ``D = synthesize ∘ diag(d) ∘ analyze``, where ``d`` has the parameter's shape.
+    An optimizer that works in other coordinates than the parameter's entries has the metric D = Qᵀ diag(d) Q, with Q
+    `analyze`, Qᵀ `synthesize`, and d of the parameter's shape.
     """
 
     @abc.abstractmethod
-    def analyze(self, tensor: Tensor) -> Tensor:
-        """The coordinates of ``tensor``: same shape, same norm."""
+    def analyze(
+        self,
+        tensor: Tensor,  # the parameter's shape
+    ) -> Tensor:  # the same
+        """Return the coordinates of a tensor, Q t: of the same norm."""
 
     @abc.abstractmethod
-    def synthesize(self, tensor: Tensor) -> Tensor:
-        """The tensor with the coordinates ``tensor``: the inverse, and the adjoint, of `analyze`."""
+    def synthesize(
+        self,
+        tensor: Tensor,  # the parameter's shape
+    ) -> Tensor:  # the same
+        """Return the tensor with these coordinates, Qᵀ t: the inverse of `analyze`, and its adjoint."""

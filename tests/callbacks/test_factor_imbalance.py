@@ -171,6 +171,8 @@ class Zoo(nn.Module):
         self.squeeze, self.expand = nn.Conv2d(3, 2, 3), nn.Conv2d(2, 4, 1)
         self.F, self.G = nn.Parameter(torch.randn(5, 2)), nn.Parameter(torch.randn(4, 2))
         self.tied = self.down
+        adapters = {"lora_A": nn.Linear(3, 2, bias=False), "lora_B": nn.Linear(2, 3, bias=False)}
+        self.peft = nn.ModuleDict({name: nn.ModuleDict({"default": layer}) for name, layer in adapters.items()})
 
 
 PAIRS: dict[str, tuple[Any, dict[str, tuple[str, str]]]] = {
@@ -193,6 +195,14 @@ PAIRS: dict[str, tuple[Any, dict[str, tuple[str, str]]]] = {
         {
             "blocks.0.lora_A-lora_B": ("blocks.0.lora_A.weight", "blocks.0.lora_B.weight"),
             "blocks.1.lora_A-lora_B": ("blocks.1.lora_A.weight", "blocks.1.lora_B.weight"),
+        },
+    ),
+    "stars for names that end in an adapter's": (
+        "*.lora_A.*:*.lora_B.*",
+        {
+            "blocks.0.lora_A-lora_B": ("blocks.0.lora_A.weight", "blocks.0.lora_B.weight"),
+            "blocks.1.lora_A-lora_B": ("blocks.1.lora_A.weight", "blocks.1.lora_B.weight"),
+            "peft.lora_A.default-lora_B.default": ("peft.lora_A.default.weight", "peft.lora_B.default.weight"),
         },
     ),
 }

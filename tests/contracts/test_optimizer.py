@@ -143,6 +143,21 @@ def test_the_streams_of_random_numbers_stay_where_they_were(subject: Subject, se
         assert torch.equal(torch.get_rng_state(), before)
 
 
+@each_setting
+def test_autocast_around_a_step_does_not_change_it(subject: Subject, setting: str) -> None:
+    """A training_step of manual optimization steps within it."""
+    runs = []
+    for enabled in (False, True):
+        parameters = make_parameters(shapes=((40, 30), (5,)))
+        optimizer = subject(parameters, **subject.settings[setting])
+        for step in range(3):
+            set_gradients(parameters, step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        runs.append(plain(parameters))
+    assert runs[0] == runs[1]
+
+
 @pytest.mark.parametrize(
     ("subject", "name", "value"), _cases(lambda s: [(name, v) for name, values in s.wrong.items() for v in values])
 )

@@ -120,5 +120,5 @@ def test_what_makes_no_sense_is_refused() -> None:
         MultiplicativeDiffusion(ema=1.0)
     with pytest.raises(ValueError, match="rows=0 must be at least 1"):
         SampleImages(rows=0)
-    with pytest.raises(ValueError, match="got a Classifier"):
+    with pytest.raises(ValueError, match="the model is a Classifier"):
         SampleImages().on_train_end(pl.Trainer(accelerator="cpu", logger=False), Classifier())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectral_callbacks.init import rebalance_, rebalance_layers_, rebalanced
+from spectral_callbacks.init import rebalance_, rebalance_layers_, rebalanced, split_bias
 
 
 def factors(m: int = 9, n: int = 7, k: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -93,3 +93,15 @@ def test_what_does_not_fit_is_refused() -> None:
         rebalanced(torch.ones(3, 2), torch.ones(3, 1))
     with pytest.raises(ValueError, match="the second layer takes 4 numbers, and the first gives 3"):
         rebalance_layers_(nn.Linear(2, 3), nn.Linear(4, 2))
+
+
+def test_layers_whose_values_cannot_be_replaced_are_refused_and_left_alone() -> None:
+    first, second, x = nn.Linear(5, 3), nn.Linear(3, 4), torch.ones(5)
+    net = split_bias(nn.Sequential(first, second))
+    before = net(x).detach()
+    with pytest.raises(ValueError, match=r"first\.bias is computed from other parameters"):
+        rebalance_layers_(first, second)
+    nn.utils.parametrizations.weight_norm(second)
+    with pytest.raises(ValueError, match="is computed from other parameters"):
+        rebalance_layers_(nn.Linear(5, 3), second)
+    torch.testing.assert_close(net(x).detach(), before)

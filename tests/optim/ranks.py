@@ -1,4 +1,7 @@
-"""What each of two processes does in the test of sharded parameters; run as `python -m tests.optim.ranks`."""
+"""What each of two processes does in the test of sharded parameters: `python -m tests.optim.ranks RANK FOLDER EXTENT`.
+
+The extent is "brief", the settings of the quick tests, or "all".
+"""
 
 from __future__ import annotations
 
@@ -128,8 +131,8 @@ class _Local(torch.optim.SGD):
         return super().step(closure)
 
 
-def cases(mesh: DeviceMesh, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    for subject in [YARDSTICK, *OPTIMIZERS]:
+def cases(mesh: DeviceMesh, folder: Path, subjects: Iterable[Subject]) -> Iterator[tuple[str, Callable[[], None]]]:
+    for subject in subjects:
         for name, settings in subject.settings.items():
             exact = subject.elementwise or name == "default"
             layouts = list(LAYOUTS) if name == "default" else ["rows"]
@@ -153,15 +156,16 @@ def cases(mesh: DeviceMesh, folder: Path) -> Iterator[tuple[str, Callable[[], No
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder, extent = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=NUM_RANKS,
         timeout=datetime.timedelta(seconds=30),
     )  # fmt: skip
     mesh = init_device_mesh("cpu", (NUM_RANKS,))
+    subjects = [s.shortened() if extent == "brief" else s for s in (YARDSTICK, *OPTIMIZERS)]
     outcomes = {}
-    for name, case in cases(mesh, folder):
+    for name, case in cases(mesh, folder, subjects):
         try:
             case()
             outcomes[name] = ""

@@ -347,3 +347,31 @@ def test_observing_changes_no_step() -> None:
     for optimizer in (observed, other):
         _steps(optimizer, range(5))
     assert torch.equal(w, v)
+
+
+@pytest.mark.parametrize("before", ["none", "full", "8bit"])
+@pytest.mark.parametrize("after", ["none", "full", "8bit"])
+def test_error_feedback_that_changes_in_the_middle_starts_without_an_error(before: Any, after: Any) -> None:
+    """As if the error of the other kind had been forgotten; the same kind goes on with what it has."""
+    generator = torch.Generator().manual_seed(0)
+    w = nn.Parameter(torch.randn(6, 4, dtype=torch.float64, generator=generator))
+    optimizer = DCTAdamW([w], lr=0.1, rank=2, error_feedback=before)
+    w.grad = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+    optimizer.step()
+    twin = nn.Parameter(w.detach().clone())
+    other = DCTAdamW([twin], lr=0.1, rank=2, error_feedback=after)
+    twin.grad = torch.zeros_like(twin)
+    other.step()  # makes the state, with no error in it
+    for name in ("step", "columns", "ages", "exp_avg", "exp_avg_sq"):
+        other.state[twin][name] = optimizer.state[w][name].clone()
+    twin.data.copy_(w)
+    if before == after:
+        other.state[twin] = {name: value.clone() for name, value in optimizer.state[w].items()}
+    optimizer.param_groups[0]["error_feedback"] = after
+    for _ in range(3):
+        w.grad = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+        twin.grad = w.grad.clone()
+        optimizer.step()
+        other.step()
+    assert torch.equal(w, twin)
+    assert optimizer.state[w].keys() == other.state[twin].keys()
