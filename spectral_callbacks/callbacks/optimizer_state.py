@@ -15,8 +15,8 @@ from spectral_callbacks.callbacks.findings import Findings
 from spectral_callbacks.callbacks.layers import layer_of, layer_tags
 from spectral_callbacks.callbacks.reading import Reading, check_axis
 from spectral_callbacks.callbacks.schedule import clock
+from spectral_callbacks.callbacks.self_report import gather
 from spectral_callbacks.callbacks.step_rider import StepRider
-from spectral_callbacks.callbacks.told import gather
 from spectral_callbacks.linalg import Status
 from spectral_callbacks.metrics.update import Update, update_products
 from spectral_callbacks.probe import Probe
@@ -135,6 +135,11 @@ class OptimizerState(SpectralCallback):
         found = Findings()
         if not total.is_finite:
             found.statuses.append(Status.NONFINITE)
+        elif total.step == 0 < total.gradient and any(float(group["lr"]) > 0 for group in optimizer.param_groups):
+            self.say(
+                "a step moved no weight, though there are gradients: it was below the precision of the weights, as can "
+                "be in bfloat16, or was discarded. Keep the weights in float32, or raise the learning rate."
+            )
         _add_update(found, total)
         layers = {p: self._layers[p] for p in updates}
         for layer, tag in self._layer_tags(layers.values()).items():

@@ -11,7 +11,8 @@ from spectral_callbacks.init import log_normal_weights_, split_bias
 class DaleClassifier(Classifier):
     """A `Classifier` without a zero: log-normal weights, and each bias a sum of a positive and a negative part.
 
-    Under `ExponentiatedGradient` no weight ever changes its sign.
+    Under `ExponentiatedGradient` no weight ever changes its sign. As its biases are parametrized, it is not pickled,
+    so that processes have to be started by a script ("ddp"), not spawned.
 
     Args:
         widths: Number of units of each hidden layer.

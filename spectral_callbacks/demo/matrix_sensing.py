@@ -97,10 +97,10 @@ def sensed(
 class MatrixSensing(pl.LightningModule):
     """W = F Gᵀ, or the symmetric X Xᵀ, fitted to a low-rank matrix by gradient descent, in float64.
 
-    With more columns than the rank of the target the excess converges slowly: symmetric factors leave a loss of (k - r)
-    / (4 η² t²) after t steps, whatever their initial scale; those of different scales alpha and alpha / 3 converge
-    exponentially, at a rate of η alpha² (Xiong et al. 2024, arXiv:2310.01769). One rebalancing step near the solution
-    makes that rate η beta².
+    With more columns than the rank of the target the excess converges slowly: late in training, symmetric factors leave
+    a loss of (k - r) / (4 η² t²) after t steps (within 1 % from t = 3,000 on at alpha 1, within 5 % at t = 10,000 at
+    0.1); those of different scales alpha and alpha / 3 converge exponentially, at a rate of η alpha² (Xiong et al.
+    2024, arXiv:2310.01769). One rebalancing step near the solution makes that rate η beta².
 
     F is the weight of the layer `second`, Gᵀ that of `first`, as in LoRA; X is the one of both. Logs `train/loss` =
     ‖A(W) - y‖², the square error of the measurements. What is minimised is half of it, or a quarter for symmetric

@@ -57,7 +57,7 @@ class DCTAdamW(LowRankOptimizer):
         betas: β₁ and β₂.
         eps: ε.
         weight_decay: wd, decoupled.
-        rank: r: an int, at most the width counts, or a float, the share of the width.
+        rank: r: an int, at most the width counts, or a float, the share of the width; read at a parameter's first step.
         refresh_every: T, steps of a parameter from one selection of columns to the next.
         basis: "dct", or "identity": the columns of the matrix itself.
         error_feedback: "none", "full", or "8bit": 255 levels and one scale a line.

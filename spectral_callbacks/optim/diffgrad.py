@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from spectral_callbacks.optim.base import Group, Optimizer, State, check_betas, check_lr, local, new_step, require
-from spectral_callbacks.optim.friction import Rule, Slot, step_alone, step_blocks, step_compiled, step_lists
+from spectral_callbacks.optim.diffgrad_kernel import step_compiled
+from spectral_callbacks.optim.friction import Settings, Slot, step_alone, step_blocks, step_lists
 from spectral_callbacks.stability import Edge, NotSteppedYetError, stability_rule
 from spectral_callbacks.stability.torch_optim import adam
 
@@ -39,7 +40,7 @@ class DiffGrad(Optimizer):
         params: Parameters, or dictionaries of parameter groups.
         lr: Learning rate; a tensor of one element where a compiled or captured step is to follow a schedule.
         betas: Rates b and β₂ of the averages of g and g².
-        eps: ε.
+        eps: ε. Below 6e-8 it is 0 in float16, as in Adam: keep weights in float32 there, or take 1e-4.
         weight_decay: Added to the gradient times w, before ξ sees it, as in all published code; with
             `decoupled_weight_decay` w shrinks by lr · weight_decay instead, and ξ sees the gradient alone.
         amsgrad: Use the largest v so far.
@@ -147,7 +148,7 @@ class DiffGrad(Optimizer):
         lr = group["lr"] if recorded else float(group["lr"])
         beta1, beta2 = group["betas"]
         decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
-        rule = Rule(
+        settings = Settings(
             lr.squeeze() if isinstance(lr, Tensor) else lr,
             float(beta1),
             float(beta2),
@@ -169,16 +170,16 @@ class DiffGrad(Optimizer):
                 "materialize the module (to_empty) before its first step."
             )
         if group["fused"] and not compiling:
-            left = step_compiled(slots, rule, steps)
+            left = step_compiled(slots, settings, steps)
             slots, steps = [slots[i] for i in left], [steps[i] for i in left]
         foreach, devices = group["foreach"], {slot.parameter.device.type for slot in slots}
         if foreach or (foreach is None and devices == {"cuda"} and not group["differentiable"]):
-            step_lists(slots, rule, steps)
+            step_lists(slots, settings, steps)
         elif foreach is None and devices == {"cpu"} and not recorded:
-            step_blocks(slots, rule, steps)
+            step_blocks(slots, settings, steps)
         else:
             for slot, step in zip(slots, steps, strict=True):
-                step_alone(slot, rule, step)
+                step_alone(slot, settings, step)
 
     def _state(self, p: Tensor, group: Group) -> State:
         state = self.state[p]

@@ -1,4 +1,4 @@
-"""One step of Adam times a friction, as each machine likes it: tensor by tensor, in lists, in blocks, compiled.
+"""One step of Adam times a friction, as each machine likes it: tensor by tensor, in lists, in blocks.
 
 With g the gradient and ' marking what the step leaves behind,
 
@@ -19,12 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectral_callbacks.optim.blocks import block_size, blocks, flat, lie_alike
-from spectral_callbacks.optim.compiled import FlatKernel
+from spectral_callbacks.optim.blocks import block_size, blocks, lie_alike
 
 Number = float | Tensor
-
-_WORTH_A_KERNEL = 1 << 13  # entries
 
 _fused_adam: Callable[..., None] | None = vars(torch).get("_fused_adam_")  # private to PyTorch: it may go, or change
 
@@ -40,9 +37,14 @@ class Slot(NamedTuple):
     largest: Tensor | None  # v so far, for AMSGrad
     friction: Tensor | None  # where to leave ξ
 
+    @property
+    def lies_alike(self) -> bool:
+        """Whether all of it lies in memory in one order, without gaps."""
+        return lie_alike(*(t for t in self if t is not None))
+
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Settings:
     """The settings of a group; `lr` is a tensor where the graph has to hold it."""
 
     lr: Number
@@ -70,21 +72,21 @@ class Rule:
             parameter.mul_(1 - self.lr * self.decoupled)
 
 
-def step_alone(slot: Slot, rule: Rule, step: Number) -> None:
+def step_alone(slot: Slot, settings: Settings, step: Number) -> None:
     """Step one tensor, in operations that can be recorded, differentiated and compiled."""
-    size, root = rule.scales(step)
+    size, root = settings.scales(step)
     p, g, m, v, previous, largest, friction = slot
-    g = rule.seen(p, g)
-    rule.decay(p)
-    m.lerp_(g, 1 - rule.beta1)
-    v.mul_(rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
+    g = settings.seen(p, g)
+    settings.decay(p)
+    m.lerp_(g, 1 - settings.beta1)
+    v.mul_(settings.beta2).addcmul_(g, g, value=1 - settings.beta2)
     second = v
     if largest is not None:
         second = torch.maximum(_kept(largest), _kept(v))
         largest.copy_(second)
-    denominator = _denominator(second, rule, root)
+    denominator = _denominator(second, settings, root)
     slowing = (previous - g).abs_()
-    if rule.relative:
+    if settings.relative:
         slowing = slowing / denominator
     slowing = slowing.neg_().exp_() + 1
     p.sub_((_kept(m) / (denominator * slowing)).mul_(size))
@@ -93,7 +95,7 @@ def step_alone(slot: Slot, rule: Rule, step: Number) -> None:
         friction.copy_(slowing.reciprocal())
 
 
-def step_lists(slots: Sequence[Slot], rule: Rule, steps: Sequence[Number]) -> None:
+def step_lists(slots: Sequence[Slot], settings: Settings, steps: Sequence[Number]) -> None:
     """Step all tensors by one call an operation, which is quick on a GPU; they need the memory of one more each.
 
     A gradient that is negated or decayed is another, and the change of one kept in a dtype of its own.
@@ -102,10 +104,10 @@ def step_lists(slots: Sequence[Slot], rule: Rule, steps: Sequence[Number]) -> No
     for i, slot in enumerate(slots):
         alike.setdefault((slot.parameter.device, slot.parameter.dtype, slot.previous_gradient.dtype), []).append(i)
     for indices in alike.values():
-        _step_list([slots[i] for i in indices], rule, [rule.scales(steps[i]) for i in indices])
+        _step_list([slots[i] for i in indices], settings, [settings.scales(steps[i]) for i in indices])
 
 
-def step_blocks(slots: Sequence[Slot], rule: Rule, steps: Sequence[Number]) -> None:
+def step_blocks(slots: Sequence[Slot], settings: Settings, steps: Sequence[Number]) -> None:
     """Step each tensor in blocks, of which the slow memory is read and written once; nothing is allocated but a block.
 
     Where it can, PyTorch's fused Adam updates both averages of a block in one pass. Pointed at zeros instead of the
@@ -116,55 +118,30 @@ def step_blocks(slots: Sequence[Slot], rule: Rule, steps: Sequence[Number]) -> N
     most = min(block_size(), max(slot.parameter.numel() for slot in slots))
     for slot, step in zip(slots, steps, strict=True):
         dtype = slot.parameter.dtype
-        if _fused_adam is None or dtype not in (torch.float32, torch.float64) or not lie_alike(*_tensors(slot)):
+        if _fused_adam is None or dtype not in (torch.float32, torch.float64) or not slot.lies_alike:
             for block in blocks(*slot):
-                step_alone(Slot(*block), rule, step)
+                step_alone(Slot(*block), settings, step)
             continue
         if dtype not in scratch:
             scratch[dtype] = slot.parameter.new_empty(most), slot.parameter.new_ones(())
         if step not in counts:
             counts[step] = torch.tensor(float(step), dtype=torch.float32)
         for block in blocks(*slot):
-            _step_block(Slot(*block), rule, counts[step], *scratch[dtype], _fused_adam)
+            _step_block(Slot(*block), settings, counts[step], *scratch[dtype], _fused_adam)
 
 
-def step_compiled(slots: Sequence[Slot], rule: Rule, steps: Sequence[Number]) -> list[int]:
-    """Step tensors by one compiled kernel and return the indices of those that it left alone.
-
-    Those are the small ones, which are done before a kernel is called, those that do not lie in memory as it reads
-    them, and all of them where there is no compiler.
-    """
-    numbers: dict[Any, Tensor] = {}
-    left = []
-    for i, (slot, step) in enumerate(zip(slots, steps, strict=True)):
-        p = slot.parameter
-        if p.numel() < _WORTH_A_KERNEL or not lie_alike(*_tensors(slot)):
-            left.append(i)
-            continue
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        key = p.device, dtype, step
-        if key not in numbers:
-            scalars = [torch.as_tensor(x, dtype=dtype, device=p.device) for x in _numbers(rule, step)]
-            numbers[key] = torch.stack(scalars)
-        # Not as views: PyTorch would compile anew for each number of dimensions of what they are views of.
-        if not _kernel.run(*(None if t is None else flat(t).data for t in slot), numbers[key], rule.relative):
-            return [*left, *range(i, len(slots))]
-        torch.autograd.graph.increment_version(p)  # so that a graph that needs it as it was notices
-    return left
-
-
-def _step_list(slots: Sequence[Slot], rule: Rule, scales: Sequence[tuple[Number, Number]]) -> None:
+def _step_list(slots: Sequence[Slot], settings: Settings, scales: Sequence[tuple[Number, Number]]) -> None:
     p, g, m, v, previous, largest, friction = (list(column) for column in zip(*slots, strict=True))
     sizes, roots = (list(column) for column in zip(*scales, strict=True))
-    if rule.maximize:
+    if settings.maximize:
         g = torch._foreach_neg(g)
-    if rule.coupled:
-        g = torch._foreach_add(g, p, alpha=rule.coupled)
-    if rule.decoupled:
-        torch._foreach_mul_(p, 1 - rule.lr * rule.decoupled)
-    torch._foreach_lerp_(m, g, 1 - rule.beta1)
-    torch._foreach_mul_(v, rule.beta2)
-    torch._foreach_addcmul_(v, g, g, 1 - rule.beta2)
+    if settings.coupled:
+        g = torch._foreach_add(g, p, alpha=settings.coupled)
+    if settings.decoupled:
+        torch._foreach_mul_(p, 1 - settings.lr * settings.decoupled)
+    torch._foreach_lerp_(m, g, 1 - settings.beta1)
+    torch._foreach_mul_(v, settings.beta2)
+    torch._foreach_addcmul_(v, g, g, 1 - settings.beta2)
     if largest[0] is not None:
         torch._foreach_maximum_(largest, v)
         v = largest
@@ -181,8 +158,8 @@ def _step_list(slots: Sequence[Slot], rule: Rule, scales: Sequence[tuple[Number,
     torch._foreach_abs_(slowing)
     denominators = torch._foreach_sqrt(v)
     torch._foreach_div_(denominators, roots)
-    torch._foreach_add_(denominators, rule.eps)
-    if rule.relative:
+    torch._foreach_add_(denominators, settings.eps)
+    if settings.relative:
         torch._foreach_div_(slowing, denominators)
     torch._foreach_neg_(slowing)
     torch._foreach_exp_(slowing)
@@ -198,10 +175,12 @@ def _step_list(slots: Sequence[Slot], rule: Rule, scales: Sequence[tuple[Number,
     torch._foreach_add_(previous, g)
 
 
-def _step_block(slot: Slot, rule: Rule, step: Tensor, scratch: Tensor, one: Tensor, fused: Callable[..., None]) -> None:
+def _step_block(
+    slot: Slot, settings: Settings, step: Tensor, scratch: Tensor, one: Tensor, fused: Callable[..., None]
+) -> None:
     p, g, m, v, previous, largest, friction = slot
-    g = rule.seen(p, g)
-    rule.decay(p)
+    g = settings.seen(p, g)
+    settings.decay(p)
     direction = scratch.as_strided(p.size(), p.stride()).zero_()
     fused(
         [direction],
@@ -210,11 +189,11 @@ def _step_block(slot: Slot, rule: Rule, step: Tensor, scratch: Tensor, one: Tens
         [v],
         [] if largest is None else [largest],
         [step],
-        lr=rule.lr,
-        beta1=rule.beta1,
-        beta2=rule.beta2,
+        lr=settings.lr,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
         weight_decay=0.0,
-        eps=rule.eps,
+        eps=settings.eps,
         amsgrad=largest is not None,
         maximize=False,
     )
@@ -224,8 +203,8 @@ def _step_block(slot: Slot, rule: Rule, step: Tensor, scratch: Tensor, one: Tens
         slowing = previous.sub_(g)
     else:
         slowing = previous - g
-    if rule.relative:
-        slowing.div_(_denominator(v if largest is None else largest, rule, rule.scales(step.item())[1]))
+    if settings.relative:
+        slowing.div_(_denominator(v if largest is None else largest, settings, settings.scales(step.item())[1]))
     slowing.abs_().neg_().exp_().add_(one)  # a number would become a tensor at each block
     p.addcdiv_(direction, slowing)
     if friction is not None:
@@ -233,55 +212,13 @@ def _step_block(slot: Slot, rule: Rule, step: Tensor, scratch: Tensor, one: Tens
     previous.copy_(g)
 
 
-def diffgrad_kernel(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    previous: Tensor,
-    largest: Tensor | None,
-    friction: Tensor | None,
-    numbers: Tensor,
-    relative: bool,
-) -> None:
-    """Step one flat tensor: one pass over the memory, where the others take a dozen."""
-    size, inverse_root, sign, coupled, kept, weight1, beta2, weight2, eps = numbers.unbind()
-    g = sign * g + coupled * p
-    average = m + weight1 * (g - m)
-    second = beta2 * v + weight2 * g * g
-    m.copy_(average)
-    v.copy_(second)
-    if largest is not None:
-        second = torch.maximum(largest, second)
-        largest.copy_(second)
-    denominator = second.sqrt() * inverse_root + eps
-    change = (previous - g).abs()
-    if relative:
-        change = change / denominator
-    slowing = 1 + torch.exp(-change)  # 1 / ξ
-    if friction is not None:
-        friction.copy_(1 / slowing)
-    p.copy_(kept * p - size * average / (slowing * denominator))
-    previous.copy_(g)
-
-
-_kernel = FlatKernel(diffgrad_kernel)
-
-
-def _numbers(rule: Rule, step: Number) -> tuple[Number, ...]:
-    sign = -1.0 if rule.maximize else 1.0
-    kept = 1 - rule.lr * rule.decoupled
-    size, root = rule.scales(step)
-    return size, 1 / root, sign, rule.coupled, kept, 1 - rule.beta1, rule.beta2, 1 - rule.beta2, rule.eps
-
-
 def _kept(tensor: Tensor) -> Tensor:
     """Return what the backward pass still finds after the next step has overwritten the tensor."""
     return tensor.clone() if torch.is_grad_enabled() else tensor
 
 
-def _denominator(second: Tensor, rule: Rule, root: Number) -> Tensor:
-    return (second.sqrt() / root).add_(rule.eps)
+def _denominator(second: Tensor, settings: Settings, root: Number) -> Tensor:
+    return (second.sqrt() / root).add_(settings.eps)
 
 
 def _bias(beta: float, step: Number) -> Number:
@@ -289,7 +226,3 @@ def _bias(beta: float, step: Number) -> Number:
     if isinstance(step, Tensor):
         return -torch.expm1(step * math.log(beta)) if beta else 1.0
     return 1 - beta**step
-
-
-def _tensors(slot: Slot) -> list[Tensor]:
-    return [t for t in slot if t is not None]

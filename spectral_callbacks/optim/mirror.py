@@ -22,7 +22,8 @@ class MirrorDescent(Optimizer):
     """An optimizer whose steps are exponential in the gradient.
 
     So a gradient that is infinite or not a number is refused before any weight has moved: one step would destroy what
-    no later step could mend. The check reads the gradients once more, and waits for the device once.
+    no later step could mend. The check reads the gradients once more, and waits for the device once. Of a sharded
+    parameter each process checks its own shard, and may be the only one to raise.
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -34,8 +34,8 @@ class Trion(LowRankOptimizer):
         W = (1 - η wd) W - η s NS(m) Q_Iᵀ       NS: `newton_schulz`, all singular values near 1
 
     with Q the orthonormal DCT-II of the width, and a scale s of the matrix's R rows and C columns. All else steps by
-    `torch.optim.AdamW` with the `adamw_` settings: a schedule of `lr` does not reach `adamw_lr`, but at `lr` 0 nothing
-    moves. State: 4 bytes a parameter of a matrix, AdamW's 8 of the others. Of a sharded matrix, m is gathered on every
+    `torch.optim.AdamW` with the `adamw_` settings, at a rate that a scheduler of PyTorch changes in proportion to `lr`.
+    State: 4 bytes a parameter of a matrix, AdamW's 8 of the others. Of a sharded matrix, m is gathered on every
     process.
 
     Deviations from the paper's code: columns rank by their 2-norm, which is optimal, not by their 1-norm; the iteration
@@ -51,7 +51,7 @@ class Trion(LowRankOptimizer):
         scale: s: "kj" √max(1, R/C), "kimi" 0.2 √max(R, C), "dion" √(R/C), "none" 1.
         num_iterations: Of Newton-Schulz.
         basis: "dct", or "identity": the columns of the matrix itself.
-        adamw_lr: Learning rate of what is no matrix.
+        adamw_lr: Learning rate of what is no matrix, while `lr` is what it was at first.
         adamw_betas: Its β₁ and β₂.
         adamw_eps: Its ε.
         maximize: Climb.
@@ -121,8 +121,11 @@ class Trion(LowRankOptimizer):
 
     def _adamw(self, group: Group) -> dict[str, Any]:
         beta1, beta2 = group["adamw_betas"]
-        lr = group["adamw_lr"] if float(group["lr"]) else 0.0  # torch.distributed.checkpoint makes a state at lr 0
-        return {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": group["adamw_eps"]}
+        lr = float(group["lr"])
+        scheduled = (
+            lr / (float(group.get("initial_lr", 0.0)) or lr) if lr else 0.0
+        )  # a scheduler notes what it began at
+        return {"lr": group["adamw_lr"] * scheduled, "beta1": beta1, "beta2": beta2, "eps": group["adamw_eps"]}
 
     def _move(self, group: Group, parameter: Tensor, lines: Lines, basis: Basis, gradient: Tensor) -> None:
         state = self.state[parameter]

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, E
 from torch import Tensor, nn
 
 from spectral_callbacks.callbacks import OptimizerState, Sharpness, Spectrum
-from spectral_callbacks.callbacks.told import Told
+from spectral_callbacks.callbacks.self_report import SelfReport
 from spectral_callbacks.linalg import Status
 from spectral_callbacks.optim.diffgrad import DiffGrad
 from spectral_callbacks.stability import ObservableOptimizer
@@ -482,9 +482,9 @@ def test_the_histogram_reaches_tensorboard(tmp_path: Path) -> None:
 
 def test_quantiles_of_many_entries_are_those_of_a_million_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     values = [torch.linspace(0, 1, 30_000), torch.linspace(1, 2, 10_000)]
-    told = Told("x", values, ["a", "b"])
+    told = SelfReport("x", values, ["a", "b"])
     exact = {tag: value for tag, value in told.readings("x", seed=0, linear_below=1e-3).items() if "_q" in tag}
-    monkeypatch.setattr("spectral_callbacks.callbacks.told._MOST_ENTRIES", 4000)
+    monkeypatch.setattr("spectral_callbacks.callbacks.self_report._MOST_ENTRIES", 4000)
     drawn = told.readings("x", seed=0, linear_below=1e-3)
     assert len(told.entries(0)) == 4000
     assert drawn["x"] == pytest.approx((0.5 * 3 + 1.5) / 4), "the mean is over all"
@@ -537,3 +537,24 @@ def test_an_optimizer_that_is_not_there_is_refused_with_the_number_there_are() -
     callback = watcher(optimizer=3, on_error="warn")
     with pytest.warns(UserWarning, match="optimizer=3, but the module configures 1"):
         fit(Regression(), callback)
+
+
+def test_a_step_below_the_precision_of_the_weights_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Weights near 1 in bfloat16, where a step of 1e-5 is rounded off."""
+
+    class Tiny(Regression):
+        def __init__(self) -> None:
+            super().__init__(sgd(1e-5))
+            with torch.no_grad():
+                for p in self.parameters():
+                    p.fill_(1.0)
+            self.bfloat16()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return (self.net(x.bfloat16()) - y.bfloat16()).square().mean() * 1e-3
+
+    callback = watcher()
+    with pytest.warns(UserWarning, match="a step moved no weight"):
+        fit(Tiny(), callback)
+    assert series(callback, "optimizer/update_norm") == [0.0] * len(callback.history)

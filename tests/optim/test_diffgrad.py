@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectral_callbacks.optim import DiffGrad, blocks, compiled, friction
+from spectral_callbacks.optim import DiffGrad, blocks, compiled, diffgrad_kernel, friction
 from tests.optim.golden import START, quartic_gradient
 
 ETA = 1e-2
@@ -64,11 +64,11 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dic
     """The settings that choose a path, with blocks and kernels of a few entries."""
     monkeypatch.setattr(blocks, "BLOCK", 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(friction, "_WORTH_A_KERNEL", 2)
+    monkeypatch.setattr(diffgrad_kernel, "_WORTH_A_KERNEL", 2)
     if request.param == "plain blocks":
         monkeypatch.setattr(friction, "_fused_adam", None)
     if request.param == "fused":
-        monkeypatch.setattr(friction, "_kernel", compiled.FlatKernel(friction.diffgrad_kernel))
+        monkeypatch.setattr(diffgrad_kernel, "_kernel", compiled.FlatKernel(diffgrad_kernel.diffgrad_kernel))
     return PATHS[request.param]
 
 
@@ -458,8 +458,8 @@ def test_without_a_compiler_fused_is_the_default_step(monkeypatch: pytest.Monkey
         return run
 
     monkeypatch.setattr(torch, "compile", fail)
-    monkeypatch.setattr(friction, "_WORTH_A_KERNEL", 2)
-    monkeypatch.setattr(friction, "_kernel", compiled.FlatKernel(friction.diffgrad_kernel))
+    monkeypatch.setattr(diffgrad_kernel, "_WORTH_A_KERNEL", 2)
+    monkeypatch.setattr(diffgrad_kernel, "_kernel", compiled.FlatKernel(diffgrad_kernel.diffgrad_kernel))
     gradients, w = shrinking(3, 9), torch.linspace(-1, 1, 9, dtype=torch.float64)
     with pytest.warns(UserWarning, match="diffgrad_kernel could not be compiled") as caught:
         p, _ = stepped(w, gradients, 3, fused=True)
@@ -473,8 +473,8 @@ def test_the_kernel_is_compiled_once_for_all_shapes_and_steps(monkeypatch: pytes
 
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(friction, "_kernel", compiled.FlatKernel(friction.diffgrad_kernel))
-    parameters = [torch.ones(friction._WORTH_A_KERNEL + n) for n in (0, 5, 1001)] + [torch.ones(100, 200)]
+    monkeypatch.setattr(diffgrad_kernel, "_kernel", compiled.FlatKernel(diffgrad_kernel.diffgrad_kernel))
+    parameters = [torch.ones(diffgrad_kernel._WORTH_A_KERNEL + n) for n in (0, 5, 1001)] + [torch.ones(100, 200)]
     optimizer = DiffGrad(parameters, fused=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

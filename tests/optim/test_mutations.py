@@ -17,7 +17,7 @@ LAWS = "golden or recursion or paper or mirror_step"  # the tests against transc
 MUTATIONS = {  # name -> (source, what stands there, what stands there instead, the tests that must notice)
     "nothing": ("diffgrad.py", "import math\n", "import math\n", "test_diffgrad.py"),
     "diffgrad, no friction in blocks": (
-        "friction.py", "slowing.copysign_(-1.0).exp_().add_(1)", "slowing.zero_().add_(1)", "test_diffgrad.py"
+        "friction.py", "slowing.abs_().neg_().exp_().add_(one)", "slowing.zero_().add_(one)", "test_diffgrad.py"
     ),
     "diffgrad, no friction alone": (
         "friction.py", "slowing = slowing.neg_().exp_() + 1", "slowing = slowing.zero_() + 1", "test_diffgrad.py"

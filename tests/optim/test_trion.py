@@ -183,3 +183,18 @@ def test_two_widths_a_convolution_and_a_vector_train_together_and_gradients_stay
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Trion([nn.Parameter(torch.zeros(2, 2))], **settings)
+
+
+def test_a_scheduler_changes_the_rate_of_what_is_no_matrix_in_proportion() -> None:
+    schedule = [1.0, 0.5, 0.25]
+    bias, expected = nn.Parameter(_normal(5)), nn.Parameter(_normal(5))
+    optimizer = Trion([bias], lr=0.02, adamw_lr=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule[min(step, 2)])
+    yardstick = torch.optim.AdamW([expected], lr=0.01, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+    for step, share in enumerate(schedule):
+        yardstick.param_groups[0]["lr"] = 0.01 * share
+        bias.grad = expected.grad = _normal(5, seed=step)
+        optimizer.step()
+        yardstick.step()
+        scheduler.step()
+        torch.testing.assert_close(bias, expected, rtol=1e-14, atol=0)

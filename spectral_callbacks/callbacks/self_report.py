@@ -1,4 +1,4 @@
-"""Told: what an optimizer tells of its last step, over all its parameters."""
+"""Self-report: what an optimizer tells of its last step, over all its parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Q = [percent / 100 for percent in _QUANTILES] + [(i + 0.5) / _NUM_POINTS for i 
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class SelfReport:
     """One diagnostic of an optimizer.
 
     Attributes:
@@ -76,19 +76,19 @@ class Told:
         return found
 
 
-def gather(told: Mapping[Tensor, Mapping[str, Tensor]], layers: Mapping[Tensor, str]) -> list[Told]:
+def gather(told: Mapping[Tensor, Mapping[str, Tensor]], layers: Mapping[Tensor, str]) -> list[SelfReport]:
     """Return what an optimizer tells, one diagnostic at a time.
 
     Args:
         told: Parameter -> name -> value.
         layers: Parameter -> name of its layer.
     """
-    found: dict[str, Told] = {}
+    found: dict[str, SelfReport] = {}
     for parameter, diagnostics in told.items():
         for name, value in diagnostics.items():
             if not value.numel():
                 continue
-            one = found.setdefault(name, Told(name, [], []))
+            one = found.setdefault(name, SelfReport(name, [], []))
             one.values.append(whole(value.detach()))
             one.layers.append(layers[parameter])
     return list(found.values())
