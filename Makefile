@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+PARALLEL := -n auto --dist loadfile # one process a core, a file at a time
 
 .PHONY: demo test slow bench lint
 
@@ -8,11 +9,11 @@ demo: $(READY)
 	$(BIN)/spectral-callbacks demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 # No slow test at all (status 5) is no failure.
 slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m slow || [ $$? -eq 5 ]
 
 # Every file directly in benchmarks/ whose name does not start with _ is a claim, and exits 1 when it fails.
 bench: $(READY)

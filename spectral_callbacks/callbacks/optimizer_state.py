@@ -76,7 +76,8 @@ class OptimizerState(SpectralCallback):
     runs_loss: ClassVar[bool] = False
     takes_batches: ClassVar[bool] = False
     charts: tuple[Chart, ...] = (
-        Chart("step against the weights and the gradient", ("optimizer/update_to_weight", "optimizer/effective_lr")),
+        Chart("step against the weights", ("optimizer/update_to_weight",)),
+        Chart("step against the gradient", ("optimizer/effective_lr",)),
     )
 
     def __init__(self, per_layer: bool = False, *, linear_below: float = 1e-3, **options: Any) -> None:

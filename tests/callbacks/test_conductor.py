@@ -299,7 +299,7 @@ def test_callbacks_with_the_same_settings_share_one_probe() -> None:
 @pytest.mark.parametrize(
     "other",
     [{"mode": "eval"}, {"num_batches": 2}, {"data": "current"}, {"loss": plain_loss}, {"precision": "training"}],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_callbacks_with_other_settings_have_probes_of_their_own(other: dict[str, Any]) -> None:
     one, two = Sharpness(every_n_steps=2), Sharpness(every_n_steps=2, name="two", **other)
@@ -443,7 +443,7 @@ class Iterating(Regression):
 
 
 @pytest.mark.filterwarnings("ignore:.*`dataloader_iter`:UserWarning")
-@pytest.mark.parametrize("options", [{}, {"loss": plain_loss}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"loss": plain_loss}], ids=["training_step", "loss"])
 def test_a_training_step_that_fetches_its_own_batches_is_reported_once(options: dict[str, Any]) -> None:
     callback = Sharpness(every_n_steps=1, **options)
     with pytest.warns(UserWarning, match=r"fetches its own batches \(dataloader_iter\)") as warned:

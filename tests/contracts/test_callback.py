@@ -112,7 +112,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run", [pytest.param(name, marks=pytest.mark.slow if name == "anomaly detection" else ()) for name in RUNS]
+)
 def test_training_is_bit_identical_with_it(tmp_path: Path, make: Make, run: str) -> None:
     assert_undisturbed(tmp_path, make(every_n_steps=1, on_error="raise"), **RUNS[run])
 
@@ -245,7 +247,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("demo", DEMOS)
+@pytest.mark.parametrize(
+    "demo", [pytest.param(name, marks=pytest.mark.slow if name == "LightningLSTM" else ()) for name in DEMOS]
+)
 def test_training_is_bit_identical_on_the_models_of_lightnings_demos(tmp_path: Path, make: Make, demo: str) -> None:
     make_module, make_data, options = DEMOS[demo]
     limits: dict[str, Any] = {"limit_train_batches": 2, "limit_val_batches": 1, "max_epochs": 1}

@@ -1,7 +1,4 @@
-"""What each of two processes does in the test of sharded parameters: `python -m tests.optim.ranks RANK FOLDER EXTENT`.
-
-The extent is "brief", the settings of the quick tests, or "all".
-"""
+"""What each of two processes does in the test of sharded parameters: `python -m tests.optim.ranks RANK FOLDER`."""
 
 from __future__ import annotations
 
@@ -156,14 +153,14 @@ def cases(mesh: DeviceMesh, folder: Path, subjects: Iterable[Subject]) -> Iterat
 
 
 def main() -> None:
-    rank, folder, extent = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=NUM_RANKS,
         timeout=datetime.timedelta(seconds=30),
     )  # fmt: skip
     mesh = init_device_mesh("cpu", (NUM_RANKS,))
-    subjects = [s.shortened() if extent == "brief" else s for s in (YARDSTICK, *OPTIMIZERS)]
+    subjects = (YARDSTICK, *OPTIMIZERS)
     outcomes = {}
     for name, case in cases(mesh, folder, subjects):
         try:

@@ -16,11 +16,14 @@ from tests.contracts.optimizers import OPTIMIZERS, YARDSTICK
 ROOT = Path(__file__).parents[2]
 NUM_RANKS = 2
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no processes")
+pytestmark = [
+    pytest.mark.slow,  # two processes that import all of PyTorch
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no processes"),
+]
 
 
-@pytest.fixture(scope="module", params=["brief", pytest.param("all", marks=pytest.mark.slow)])
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each case ended with on the two processes: nothing, or an error."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {
@@ -29,9 +32,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.optim.ranks"]
     options: dict[str, Any] = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder), request.param], **options) for rank in range(NUM_RANKS)
-    ]
+    ranks = [subprocess.Popen([*command, str(rank), str(folder)], **options) for rank in range(NUM_RANKS)]
     try:
         said = [rank.communicate(timeout=300)[1] for rank in ranks]
     finally:
