@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-PARALLEL := -n auto --dist loadfile # one process a core, a file at a time
+# Two processes, a file at a time; with more cores: make test PARALLEL="-n 8 --dist loadfile".
+PARALLEL ?= -n 2 --dist loadfile
 
 .PHONY: demo test slow bench lint
 
