@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,9 +22,11 @@ class Optimizer(ObservableOptimizer):
     Attributes:
         own_dtypes: The names in the state whose dtype is not the parameter's. `load_state_dict` leaves it as it was
             saved, where PyTorch would cast it.
+        flags: Settings that an older state may lack, with what it then means.
     """
 
     own_dtypes: ClassVar[frozenset[str]] = frozenset()
+    flags: ClassVar[Mapping[str, Any]] = {}
 
     @abc.abstractmethod
     def _update(self, group: Group, parameters: list[Tensor]) -> None:
@@ -77,6 +79,17 @@ class Optimizer(ObservableOptimizer):
                     self._update(group, parameters)
         return loss
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, a pickle or a state dictionary, which may lack flags, or hold steps as plain numbers."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.flags.items():
+                group.setdefault(name, value)
+            for p in group["params"]:
+                held = self.state.get(p, {})
+                if "step" in held and not isinstance(held["step"], Tensor):
+                    held["step"] = new_step(p, group).fill_(held["step"])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; see `torch.optim.Optimizer.load_state_dict`."""
         loaded: dict[str, Any] = {}  # the dictionary as the hooks of the user leave it
@@ -123,10 +136,14 @@ def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     return tensor.to_local()
 
 
-def new_step(device: torch.device | str = "cpu") -> Tensor:  # scalar
-    """Return step 0, in the dtype that PyTorch's optimizers count in: float32, unless float64 is the default."""
+def new_step(parameter: Tensor, group: Group) -> Tensor:  # scalar
+    """Return step 0, as PyTorch's optimizers count: in float32, unless float64 is the default, and on the CPU.
+
+    Where it is captured or a kernel reads it, it lies with the parameter.
+    """
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.zeros((), dtype=dtype, device=device)
+    beside = group.get("capturable") or group.get("fused")
+    return torch.zeros((), dtype=dtype, device=parameter.device if beside else "cpu")
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:
@@ -143,6 +160,16 @@ def require(holds: bool, name: str, value: object, rule: str) -> None:
     """
     if not holds:
         raise ValueError(f"{name} is {value!r}, and must be {rule}.")
+
+
+def is_count(value: object) -> bool:
+    """Return whether a setting is an int of 1 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise unless a setting is a finite number of 0 or more."""
+    require(0 <= value < math.inf, name, value, "a finite number, 0 or more")
 
 
 def check_lr(lr: float | Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from spectral_callbacks.optim.base import Group, check_betas, local, new_step, require
+from spectral_callbacks.optim.base import Group, check_betas, check_not_negative, is_count, local, new_step, require
 from spectral_callbacks.optim.columns import BASES, Basis, carry_over, energies, strongest
 from spectral_callbacks.optim.error_feedback import ERROR_FEEDBACKS
 from spectral_callbacks.optim.lines import Lines, lines_of
@@ -21,8 +20,9 @@ from spectral_callbacks.optim.low_rank import (
     is_matrix,
     number_of_columns,
 )
-from spectral_callbacks.stability import Edge, Frame, NotSteppedYetError, stability_rule
+from spectral_callbacks.stability import Edge, Frame, stability_rule
 from spectral_callbacks.stability.torch_optim import adamw as adamw_rule
+from spectral_callbacks.stability.torch_optim import ema_threshold, steps_taken
 
 _BY_COLUMN = ("columns", "ages", "exp_avg", "exp_avg_sq")
 
@@ -114,9 +114,8 @@ class DCTAdamW(LowRankOptimizer):
         check_low_rank(group)
         check_betas(group["betas"])
         eps, every, feedback = group["eps"], group["refresh_every"], group["error_feedback"]
-        require(0 <= eps < math.inf, "eps", eps, "a finite number, 0 or more")
-        is_count = isinstance(every, int) and not isinstance(every, bool)
-        require(is_count and every >= 1, "refresh_every", every, "an int, 1 or more")
+        check_not_negative("eps", eps)
+        require(is_count(every), "refresh_every", every, "an int, 1 or more")
         require(feedback in ERROR_FEEDBACKS, "error_feedback", feedback, f"one of {', '.join(ERROR_FEEDBACKS)}")
 
     def _adamw(self, group: Group) -> dict[str, Any]:
@@ -128,7 +127,7 @@ class DCTAdamW(LowRankOptimizer):
         state = self.state[parameter]
         if not state:
             r = number_of_columns(group["rank"], lines.width)
-            state["step"] = new_step()
+            state["step"] = new_step(parameter, group)
             state["columns"] = torch.arange(r, dtype=torch.int32, device=gradient.device)
             state["ages"] = torch.zeros_like(state["columns"])
             state["exp_avg"], state["exp_avg_sq"] = (lines.zeros(r, gradient.dtype) for _ in range(2))
@@ -199,8 +198,7 @@ def dct_adamw(parameter: Tensor, group: Group, state: Mapping[str, Any]) -> Edge
     """
     if not is_matrix(parameter):
         return adamw_rule(parameter, {**group, "amsgrad": False}, state)
-    if not state or not float(state["step"]):
-        raise NotSteppedYetError
+    steps_taken(state)
     beta1, beta2 = map(float, group["betas"])
     columns, ages, _, exp_avg_sq = (local(state[name]) for name in _BY_COLUMN)
     correction1, correction2 = (1 - beta ** ages.double() for beta in (beta1, beta2))
@@ -209,7 +207,7 @@ def dct_adamw(parameter: Tensor, group: Group, state: Mapping[str, Any]) -> Edge
     lines = lines_of(parameter)
     metric = torch.zeros_like(lines.of(parameter)).index_copy_(1, columns.long(), scale.to(exp_avg_sq.dtype))
     return Edge.from_threshold(
-        (2 + 2 * beta1) / (1 - beta1),
+        ema_threshold(beta1),
         learning_rate=float(group["lr"]),
         correction=1 / oldest,
         preconditioner=lines.to_tensor(metric).to(parameter.dtype),

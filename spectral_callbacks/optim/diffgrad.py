@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from spectral_callbacks.optim.base import Group, Optimizer, State, check_betas, check_lr, local, new_step, require
+from spectral_callbacks.optim.base import (
+    Group,
+    Optimizer,
+    State,
+    check_betas,
+    check_lr,
+    check_not_negative,
+    local,
+    new_step,
+    require,
+)
 from spectral_callbacks.optim.diffgrad_kernel import step_compiled
 from spectral_callbacks.optim.friction import Settings, Slot, step_alone, step_blocks, step_lists
 from spectral_callbacks.stability import Edge, NotSteppedYetError, stability_rule
@@ -73,6 +82,17 @@ class DiffGrad(Optimizer):
     """
 
     own_dtypes: ClassVar[frozenset[str]] = frozenset({"previous_grad"})
+    flags: ClassVar[Mapping[str, Any]] = {
+        "amsgrad": False,
+        "friction": "absolute",
+        "decoupled_weight_decay": False,
+        "previous_grad_dtype": None,
+        "foreach": None,
+        "maximize": False,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+    }
 
     def __init__(
         self,
@@ -113,27 +133,13 @@ class DiffGrad(Optimizer):
         check_lr(group["lr"])
         check_betas(group["betas"])
         for name in ("eps", "weight_decay"):
-            require(0 <= group[name] < math.inf, name, group[name], "a finite number, 0 or more")
+            check_not_negative(name, group[name])
         _dtype(group["previous_grad_dtype"])
         require(group["friction"] in get_args(Friction), "friction", group["friction"], '"absolute" or "relative"')
         require(not (group["fused"] and group["foreach"]), "fused", True, "False or None where foreach=True")
         require(
             not (group["fused"] and group["differentiable"]), "fused", True, "False or None where differentiable=True"
         )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in {"amsgrad": False, "friction": "absolute", "decoupled_weight_decay": False}.items():
-                group.setdefault(name, value)
-            for name in ("maximize", "capturable", "differentiable"):
-                group.setdefault(name, False)
-            for name in ("previous_grad_dtype", "foreach", "fused"):
-                group.setdefault(name, None)
-            for p in group["params"]:
-                state_of_p = self.state.get(p, {})
-                if state_of_p and not isinstance(state_of_p["step"], Tensor):
-                    state_of_p["step"] = _counter(p, group).fill_(state_of_p["step"])
 
     def diagnostics(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return "friction": ξ of the last step, of the parameter's shape; empty unless observed before that step.
@@ -184,7 +190,7 @@ class DiffGrad(Optimizer):
     def _state(self, p: Tensor, group: Group) -> State:
         state = self.state[p]
         if not state:
-            state["step"] = _counter(p, group)
+            state["step"] = new_step(p, group)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             dtype = _dtype(group["previous_grad_dtype"])
@@ -227,10 +233,6 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     valid = found is None if given is None else isinstance(found, torch.dtype) and found.is_floating_point
     require(valid, "previous_grad_dtype", given, 'a real floating-point dtype, its name as "bfloat16", or None')
     return found
-
-
-def _counter(p: Tensor, group: Group) -> Tensor:
-    return new_step(p.device if group["capturable"] or group["fused"] else "cpu")
 
 
 def _real(tensor: Tensor) -> Tensor:

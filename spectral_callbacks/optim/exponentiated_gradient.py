@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_callbacks.optim.base import Group, check_lr, local, new_step, require
+from spectral_callbacks.optim.base import Group, check_lr, check_not_negative, local, new_step, require
 from spectral_callbacks.optim.log_normality import log_magnitudes
 from spectral_callbacks.optim.mirror import (
     Kernel,
@@ -26,6 +26,7 @@ from spectral_callbacks.optim.mirror import (
 )
 from spectral_callbacks.optim.seeded_noise import seeded_noise
 from spectral_callbacks.stability import Edge, stability_rule
+from spectral_callbacks.stability.torch_optim import sgd
 
 
 class ExponentiatedGradient(MirrorDescent):
@@ -109,12 +110,9 @@ class ExponentiatedGradient(MirrorDescent):
         super().__init__(params, settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, a pickle or a state dictionary, which may hold zeros, or steps as plain numbers."""
+        """Restore a copy, a pickle or a state dictionary, which may hold zeros."""
         super().__setstate__(state)
         self._checked = set()
-        for of_parameter in self.state.values():
-            if "step" in of_parameter and not isinstance(of_parameter["step"], Tensor):
-                of_parameter["step"] = new_step().fill_(of_parameter["step"])
 
     def diagnostics(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return what the signs and the magnitudes of a parameter tell.
@@ -141,7 +139,7 @@ class ExponentiatedGradient(MirrorDescent):
         for name in ("momentum", "dampening"):
             require(0 <= group[name] < 1, name, group[name], "in [0, 1)")
         for name in ("weight_decay", "temperature"):
-            require(0 <= group[name] < math.inf, name, group[name], "a finite number, 0 or more")
+            check_not_negative(name, group[name])
         require(group["max_log_step"] > 0, "max_log_step", group["max_log_step"], "positive; math.inf is no bound")
         seed = group["seed"]
         require(isinstance(seed, int) and seed >= 0, "seed", seed, "a whole number, 0 or more")
@@ -214,7 +212,7 @@ class ExponentiatedGradient(MirrorDescent):
         """Return what the noise adds to a parameter's exponent, √(2 lr T) z."""
         if not group["temperature"]:
             return None
-        step = self.state[p].setdefault("step", new_step())
+        step = self.state[p].setdefault("step", new_step(p, group))
         step += 1
         z = seeded_noise(p, group["seed"], int(step), index[p])
         return z * (2 * rate(group["lr"], z) * group["temperature"]) ** 0.5
@@ -287,11 +285,5 @@ def exponentiated_gradient(parameter: Tensor, group: Group, state: Mapping[str, 
     s g = -wd. There dw = |w| s dl makes it dw <- dw - lr F[|w| H dw]: the decay, a constant force on l, is gone. The
     clamp does not bind near rest, and noise has no part in what is linear.
     """
-    b = float(group["momentum"])
-    threshold = (2 + 2 * b) / (1 + 2 * b) if group["nesterov"] else (2 + 2 * b) / (1 - (group["dampening"] if b else 0))
-    return Edge.from_threshold(
-        threshold,
-        learning_rate=float(group["lr"]),
-        preconditioner=parameter.detach().abs(),
-        ascends=bool(group["maximize"]),
-    )
+    edge = sgd(parameter, {**group, "weight_decay": 0.0}, state)
+    return dataclasses.replace(edge, preconditioner=parameter.detach().abs())

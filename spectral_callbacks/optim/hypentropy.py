@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_callbacks.optim.base import Group, check_lr, local, require
+from spectral_callbacks.optim.base import Group, check_lr, check_not_negative, local, require
 from spectral_callbacks.optim.mirror import MirrorDescent, gradient, rate, stream, widened, write_back
 from spectral_callbacks.stability import Edge, stability_rule
 
@@ -77,9 +77,7 @@ class HypentropyGD(MirrorDescent):
     def _check(self, group: Group) -> None:
         check_lr(group["lr"])
         require(0 < group["beta"] < math.inf, "beta", group["beta"], "a finite positive number")
-        require(
-            0 <= group["weight_decay"] < math.inf, "weight_decay", group["weight_decay"], "a finite number, 0 or more"
-        )
+        check_not_negative("weight_decay", group["weight_decay"])
         require(group["max_log_step"] > 0, "max_log_step", group["max_log_step"], "positive; math.inf is no bound")
 
     def _update(self, group: Group, parameters: list[Tensor]) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import abc
-import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from spectral_callbacks.optim.base import Group, Optimizer, check_lr, new_step, require
+from spectral_callbacks.optim.base import Group, Optimizer, check_lr, check_not_negative, is_count, new_step, require
 from spectral_callbacks.optim.columns import BASES, Basis
 from spectral_callbacks.optim.lines import Lines, lines_of, working_dtype
 
@@ -27,6 +27,8 @@ class LowRankOptimizer(Optimizer):
         {"columns", "ages", "exp_avg", "exp_avg_sq", "error", "error_scale", "momentum_buffer"}
     )
 
+    flags: ClassVar[Mapping[str, Any]] = {"maximize": False, "foreach": None}
+
     @abc.abstractmethod
     def _move(self, group: Group, parameter: Tensor, lines: Lines, basis: Basis, gradient: Tensor) -> None:
         """Move a matrix by its gradient (lines of this process, width), which must not be written to."""
@@ -34,16 +36,6 @@ class LowRankOptimizer(Optimizer):
     @abc.abstractmethod
     def _adamw(self, group: Group) -> dict[str, Any]:
         """Return lr, beta1, beta2 and eps of the parameters that are no matrices."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, a pickle or a state dictionary; what an older one lacks is the default."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("maximize", False)
-            group.setdefault("foreach", None)
-        for held in self.state.values():
-            if "step" in held and not isinstance(held["step"], Tensor):
-                held["step"] = new_step().fill_(held["step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, in the precision that each parameter is computed in."""
@@ -93,7 +85,7 @@ class LowRankOptimizer(Optimizer):
         for p in parameters:
             state = self.state[p]
             if not state:
-                state["step"] = new_step()
+                state["step"] = new_step(p, group)
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         states = [self.state[p] for p in parameters]
@@ -152,11 +144,10 @@ def check_low_rank(group: dict[str, Any]) -> None:
     if isinstance(group["lr"], Tensor) and group["foreach"]:
         raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
     decay, rank, basis = group["weight_decay"], group["rank"], group["basis"]
-    require(0 <= decay < math.inf, "weight_decay", decay, "a finite number, 0 or more")
-    is_count = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    check_not_negative("weight_decay", decay)
     is_share = isinstance(rank, float) and 0 < rank <= 1
     require(
-        is_count or is_share,
+        is_count(rank) or is_share,
         "rank",
         rank,
         "a number of columns (an int of 1 or more) or a share of the width in (0, 1]",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -26,12 +26,7 @@ class MirrorDescent(Optimizer):
     parameter each process checks its own shard, and may be the only one to raise.
     """
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, a pickle or a state dictionary; what an older one lacks is the default."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, default in (("maximize", False), ("foreach", None), ("differentiable", False)):
-                group.setdefault(name, default)
+    flags: ClassVar[Mapping[str, Any]] = {"maximize": False, "foreach": None, "differentiable": False}
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, with settings of its own.

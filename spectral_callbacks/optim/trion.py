@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from spectral_callbacks.optim.base import Group, check_betas, local, require
+from spectral_callbacks.optim.base import Group, check_betas, check_not_negative, is_count, local, require
 from spectral_callbacks.optim.columns import Basis, energies, strongest
 from spectral_callbacks.optim.lines import Lines
 from spectral_callbacks.optim.low_rank import LowRankOptimizer, captured, check_low_rank, number_of_columns
@@ -112,20 +112,18 @@ class Trion(LowRankOptimizer):
         check_betas(group["adamw_betas"], "adamw_betas")
         momentum, scale, count = group["momentum"], group["scale"], group["num_iterations"]
         lr, eps = group["adamw_lr"], group["adamw_eps"]
-        require(math.isfinite(lr) and lr >= 0, "adamw_lr", lr, "a finite number, 0 or more")
+        check_not_negative("adamw_lr", lr)
         require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         require(scale in _SCALES, "scale", scale, f"one of {', '.join(_SCALES)}")
-        is_count = isinstance(count, int) and not isinstance(count, bool)
-        require(is_count and count >= 1, "num_iterations", count, "an int, 1 or more")
-        require(0 <= eps < math.inf, "adamw_eps", eps, "a finite number, 0 or more")
+        require(is_count(count), "num_iterations", count, "an int, 1 or more")
+        check_not_negative("adamw_eps", eps)
 
     def _adamw(self, group: Group) -> dict[str, Any]:
         beta1, beta2 = group["adamw_betas"]
         lr = float(group["lr"])
-        scheduled = (
-            lr / (float(group.get("initial_lr", 0.0)) or lr) if lr else 0.0
-        )  # a scheduler notes what it began at
-        return {"lr": group["adamw_lr"] * scheduled, "beta1": beta1, "beta2": beta2, "eps": group["adamw_eps"]}
+        begun = float(group.get("initial_lr", lr))  # where a scheduler has noted what it began at
+        share = lr / begun if begun else float(lr > 0)
+        return {"lr": group["adamw_lr"] * share, "beta1": beta1, "beta2": beta2, "eps": group["adamw_eps"]}
 
     def _move(self, group: Group, parameter: Tensor, lines: Lines, basis: Basis, gradient: Tensor) -> None:
         state = self.state[parameter]

@@ -50,11 +50,11 @@ def asgd(parameter: Tensor, group: Group, state: State) -> Edge:
 @stability_rule(torch.optim.Adam)
 def adam(parameter: Tensor, group: Group, state: State) -> Edge:
     """D = 1 / (√(v / (1 - β₂^t)) + ε), with AMSGrad's largest v; η / (1 - b^t); the threshold of a moving average."""
-    t = _steps_taken(state)
+    t = steps_taken(state)
     b, beta2 = map(float, group["betas"])
     second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
     metric = 1 / ((second / (1 - beta2**t)).sqrt() + float(group["eps"]))
-    return Edge.from_threshold(_average(b), correction=1 / (1 - b**t), preconditioner=metric, **_settings(group))
+    return Edge.from_threshold(ema_threshold(b), correction=1 / (1 - b**t), preconditioner=metric, **_settings(group))
 
 
 @stability_rule(torch.optim.AdamW)
@@ -69,10 +69,10 @@ def sparse_adam(parameter: Tensor, group: Group, state: State) -> Edge:
 
     An entry without one stands still at that step, which moves the edge of a mode that it has a part in.
     """
-    t = _steps_taken(state)
+    t = steps_taken(state)
     b, beta2 = map(float, group["betas"])
     metric = math.sqrt(1 - beta2**t) / (state["exp_avg_sq"].sqrt() + float(group["eps"]))
-    return Edge.from_threshold(_average(b), correction=1 / (1 - b**t), preconditioner=metric, **_settings(group))
+    return Edge.from_threshold(ema_threshold(b), correction=1 / (1 - b**t), preconditioner=metric, **_settings(group))
 
 
 @stability_rule(torch.optim.NAdam)
@@ -81,7 +81,7 @@ def nadam(parameter: Tensor, group: Group, state: State) -> Edge:
 
     c₀ = (1 - μ_t) / (1 - Πμ) and c₁ = μ_{t+1} / (1 - μ_{t+1} Πμ): the bias corrections are in the gain.
     """
-    t = _steps_taken(state)
+    t = steps_taken(state)
     b, beta2 = map(float, group["betas"])
     mu, mu_next = (b * (1 - 0.5 * 0.96 ** (s * float(group["momentum_decay"]))) for s in (t, t + 1))
     product = float(state["mu_product"])
@@ -93,7 +93,7 @@ def nadam(parameter: Tensor, group: Group, state: State) -> Edge:
 @stability_rule(torch.optim.RAdam)
 def radam(parameter: Tensor, group: Group, state: State) -> Edge:
     """SGD on the corrected average while ρ_t ≤ 5; then Adam with ε before the correction, and rectified step sizes."""
-    t = _steps_taken(state)
+    t = steps_taken(state)
     b, beta2 = map(float, group["betas"])
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
@@ -101,22 +101,22 @@ def radam(parameter: Tensor, group: Group, state: State) -> Edge:
     if rho > 5:
         correction *= math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
         metric = math.sqrt(1 - beta2**t) / (state["exp_avg_sq"].sqrt() + float(group["eps"]))
-    return Edge.from_threshold(_average(b), correction=correction, preconditioner=metric, **_settings(group))
+    return Edge.from_threshold(ema_threshold(b), correction=correction, preconditioner=metric, **_settings(group))
 
 
 @stability_rule(torch.optim.Adamax)
 def adamax(parameter: Tensor, group: Group, state: State) -> Edge:
     """D = 1 / u, the decayed largest |g| + ε, which has no bias; η / (1 - b^t); Adam's threshold."""
-    t = _steps_taken(state)
+    t = steps_taken(state)
     b = float(group["betas"][0])
     metric = 1 / state["exp_inf"]
-    return Edge.from_threshold(_average(b), correction=1 / (1 - b**t), preconditioner=metric, **_settings(group))
+    return Edge.from_threshold(ema_threshold(b), correction=1 / (1 - b**t), preconditioner=metric, **_settings(group))
 
 
 @stability_rule(torch.optim.RMSprop)
 def rmsprop(parameter: Tensor, group: Group, state: State) -> Edge:
     """D = 1 / (√v + ε), of the variance if centered; heavy-ball momentum b, 2 / K = 2 + 2b."""
-    _steps_taken(state)
+    steps_taken(state)
     variance = state["square_avg"]
     if group["centered"]:
         variance = variance - state["grad_avg"].square()
@@ -127,7 +127,7 @@ def rmsprop(parameter: Tensor, group: Group, state: State) -> Edge:
 @stability_rule(torch.optim.Adagrad)
 def adagrad(parameter: Tensor, group: Group, state: State) -> Edge:
     """D = 1 / (√sum + ε), at the learning rate η / (1 + (t - 1) lr_decay)."""
-    t = _steps_taken(state)
+    t = steps_taken(state)
     metric = 1 / (state["sum"].sqrt() + float(group["eps"]))
     correction = 1 / (1 + (t - 1) * float(group["lr_decay"]))
     return Edge.from_threshold(2.0, correction=correction, preconditioner=metric, **_settings(group))
@@ -136,7 +136,7 @@ def adagrad(parameter: Tensor, group: Group, state: State) -> Edge:
 @stability_rule(torch.optim.Adadelta)
 def adadelta(parameter: Tensor, group: Group, state: State) -> Edge:
     """D = √(Δ + ε) / √(v + ε), with the average Δ of its own squared steps."""
-    _steps_taken(state)
+    steps_taken(state)
     eps = float(group["eps"])
     metric = ((state["acc_delta"] + eps) / (state["square_avg"] + eps)).sqrt()
     return Edge.from_threshold(2.0, preconditioner=metric, **_settings(group))
@@ -148,7 +148,7 @@ def adafactor(parameter: Tensor, group: Group, state: State) -> Edge:
 
     Valid while the update is not clipped, RMS(D g) ≤ d: beyond, its size is bounded, and so is an oscillation.
     """
-    t = _steps_taken(state)
+    t = steps_taken(state)
     eps1, eps2 = group["eps"]
     eps1 = torch.finfo(parameter.dtype).eps if eps1 is None else float(eps1)
     if parameter.ndim > 1:
@@ -175,12 +175,12 @@ def _settings(group: Group) -> dict[str, Any]:
     return {"learning_rate": float(group["lr"]), "ascends": bool(group["maximize"]), kind: decay}
 
 
-def _average(b: float) -> float:
+def ema_threshold(b: float) -> float:
     """Return the threshold 2 / K of the moving average m' = b m + (1 - b) g, whose gain K is (1 - b) / (1 + b)."""
     return (2 + 2 * b) / (1 - b)
 
 
-def _steps_taken(state: State) -> float:
+def steps_taken(state: State) -> float:
     """Return the step t that the metric comes from; step 0 is a state that was made ahead of the first."""
     if not state or not float(state["step"]):
         raise NotSteppedYetError

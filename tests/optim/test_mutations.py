@@ -15,7 +15,7 @@ OPTIM = "spectral_callbacks/optim"
 LAWS = "golden or recursion or paper or mirror_step"  # the tests against transcriptions, which are enough to notice
 
 MUTATIONS = {  # name -> (source, what stands there, what stands there instead, the tests that must notice)
-    "nothing": ("diffgrad.py", "import math\n", "import math\n", "test_diffgrad.py"),
+    "nothing": ("diffgrad.py", "import dataclasses\n", "import dataclasses\n", "test_diffgrad.py"),
     "diffgrad, no friction in blocks": (
         "friction.py", "slowing.abs_().neg_().exp_().add_(one)", "slowing.zero_().add_(one)", "test_diffgrad.py"
     ),
