@@ -6,8 +6,12 @@ from spectral_callbacks.metrics.conditioning import condition_number as conditio
 from spectral_callbacks.metrics.conditioning import unfitted_modes as unfitted_modes
 from spectral_callbacks.metrics.covariance_spectrum import CovarianceSpectrum as CovarianceSpectrum
 from spectral_callbacks.metrics.covariance_spectrum import covariance_spectrum as covariance_spectrum
-from spectral_callbacks.metrics.covariance_spectrum import effective_rank as effective_rank
-from spectral_callbacks.metrics.covariance_spectrum import participation_ratio as participation_ratio
+from spectral_callbacks.metrics.eigenvalues import effective_rank_of_eigenvalues as effective_rank_of_eigenvalues
+from spectral_callbacks.metrics.eigenvalues import entropy_of_eigenvalues as entropy_of_eigenvalues
+from spectral_callbacks.metrics.eigenvalues import (
+    participation_ratio_of_eigenvalues as participation_ratio_of_eigenvalues,
+)
+from spectral_callbacks.metrics.eigenvalues import stable_rank_of_eigenvalues as stable_rank_of_eigenvalues
 from spectral_callbacks.metrics.factor_imbalance import apparent_rank as apparent_rank
 from spectral_callbacks.metrics.factor_imbalance import excess_energy as excess_energy
 from spectral_callbacks.metrics.factor_imbalance import imbalance as imbalance
@@ -21,6 +25,29 @@ from spectral_callbacks.metrics.jackknife import jackknife as jackknife
 from spectral_callbacks.metrics.noise_alignment import alignment as alignment
 from spectral_callbacks.metrics.outliers import Outliers as Outliers
 from spectral_callbacks.metrics.outliers import outliers as outliers
+from spectral_callbacks.metrics.representations import BiasedEstimate as BiasedEstimate
+from spectral_callbacks.metrics.representations import FeatureMoments as FeatureMoments
+from spectral_callbacks.metrics.representations import FeatureSpectrum as FeatureSpectrum
+from spectral_callbacks.metrics.representations import Phase as Phase
+from spectral_callbacks.metrics.representations import PhaseChange as PhaseChange
+from spectral_callbacks.metrics.representations import PhaseDetector as PhaseDetector
+from spectral_callbacks.metrics.representations import PowerLawFit as PowerLawFit
+from spectral_callbacks.metrics.representations import alpha_req as alpha_req
+from spectral_callbacks.metrics.representations import cka as cka
+from spectral_callbacks.metrics.representations import detect_phases as detect_phases
+from spectral_callbacks.metrics.representations import diffusion_entropy as diffusion_entropy
+from spectral_callbacks.metrics.representations import diffusion_kernel as diffusion_kernel
+from spectral_callbacks.metrics.representations import diffusion_mutual_information as diffusion_mutual_information
+from spectral_callbacks.metrics.representations import effective_rank as effective_rank
+from spectral_callbacks.metrics.representations import kernel_width as kernel_width
+from spectral_callbacks.metrics.representations import label_groups as label_groups
+from spectral_callbacks.metrics.representations import lidar as lidar
+from spectral_callbacks.metrics.representations import participation_ratio as participation_ratio
+from spectral_callbacks.metrics.representations import rankme as rankme
+from spectral_callbacks.metrics.representations import spectral_entropy as spectral_entropy
+from spectral_callbacks.metrics.representations import stable_rank as stable_rank
+from spectral_callbacks.metrics.representations import two_nn_dimension as two_nn_dimension
+from spectral_callbacks.metrics.representations import unbiased_participation_ratio as unbiased_participation_ratio
 from spectral_callbacks.metrics.sgd_stability import SampleHessians as SampleHessians
 from spectral_callbacks.metrics.sgd_stability import directional_condition as directional_condition
 from spectral_callbacks.metrics.sgd_stability import noise_fraction as noise_fraction

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectral_callbacks.linalg import Estimate
+from spectral_callbacks.metrics.eigenvalues import effective_rank_of_eigenvalues
 from spectral_callbacks.metrics.pair_mean import unseen_share
 
 _ASYMMETRY = 1e-4  # relative; inner products in float32 stay far below
@@ -180,52 +181,8 @@ class CovarianceSpectrum:
         return x
 
     def effective_rank(self) -> float:
-        """Return `effective_rank` of the values."""
-        return effective_rank(self.values)
-
-
-def effective_rank(
-    eigenvalues: Tensor,  # (k,)
-) -> float:
-    """Return exp(-Σ p_i ln p_i), p_i = λ_i/Σ λ: how many directions share the variance.
-
-    Of the eigenvalues of the covariance, not of singular values, their roots, which count the tail far more (Roy and
-    Vetterli 2007 take those). From 1 to the number of eigenvalues, so at most N - 1 for the covariance of N gradients,
-    and near that for a flat spectrum in n ≫ N dimensions, whatever n: compare at equal N only.
-
-    Args:
-        eigenvalues: All that are not negligible; negative ones count as 0.
-
-    Returns:
-        NaN where all are 0.
-
-    Example:
-        >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 9)
-        3.0
-    """
-    p = eigenvalues.to("cpu", torch.float64).clamp(min=0)
-    total = p.sum()
-    return math.exp(torch.special.entr(p / total).sum().item()) if total > 0 else math.nan
-
-
-def participation_ratio(
-    eigenvalues: Tensor,  # (k,)
-) -> float:
-    """Return (Σ λ_i)² / Σ λ_i²: the effective rank that weighs large eigenvalues most; at most `effective_rank`.
-
-    Args:
-        eigenvalues: All that are not negligible; negative ones count as 0.
-
-    Returns:
-        NaN where all are 0.
-
-    Example:
-        >>> participation_ratio(torch.tensor([2.0, 2.0, 2.0, 0.0]))
-        3.0
-    """
-    p = eigenvalues.to("cpu", torch.float64).clamp(min=0)
-    total = p.sum()
-    return 1 / (p / total).square().sum().item() if total > 0 else math.nan
+        """Return `effective_rank_of_eigenvalues` of the values; NaN where all are 0."""
+        return effective_rank_of_eigenvalues(self.values).item()
 
 
 def centered(

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 from spectral_callbacks.metrics import outliers
-from spectral_callbacks.metrics.covariance_spectrum import (
-    CovarianceSpectrum,
-    covariance_spectrum,
-    effective_rank,
-    participation_ratio,
-)
+from spectral_callbacks.metrics.covariance_spectrum import CovarianceSpectrum, covariance_spectrum
+from spectral_callbacks.metrics.eigenvalues import effective_rank_of_eigenvalues
 from spectral_callbacks.metrics.gradient_noise import GradientMoments, gradient_norm, mean_pairwise_cosine
 
 
@@ -79,7 +75,7 @@ def test_the_vectors_are_eigenvectors_in_parameter_space(shape: tuple[int, int])
     torch.testing.assert_close(values, covariance_spectrum(g @ g.mT)[:-1], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(U.mT @ U, torch.eye(N - 1, dtype=torch.float64))
     torch.testing.assert_close(U.sum(0), torch.zeros(N - 1, dtype=torch.float64), rtol=0, atol=1e-10)
-    assert spectrum.effective_rank() == effective_rank(values)
+    assert spectrum.effective_rank() == effective_rank_of_eigenvalues(values).item()
 
 
 GRADIENTS = {
@@ -191,24 +187,6 @@ def test_the_largest_eigenvalue_of_the_whole_dataset_has_no_error() -> None:
     assert some == pytest.approx(all_but_endless * math.sqrt(0.5))
 
 
-# ---- Ranks
-
-
-@pytest.mark.parametrize("rank", [effective_rank, participation_ratio])
-def test_equal_eigenvalues_count_one_each(rank: type) -> None:
-    for r in (1, 4, 9):
-        values = torch.cat([torch.full((r,), 0.3), torch.zeros(5)])
-        assert rank(values) == pytest.approx(r)
-        assert rank(1e6 * values) == pytest.approx(r)
-    assert math.isnan(rank(torch.zeros(5)))
-
-
-def test_ranks_of_ten_directions_in_noise() -> None:
-    values = torch.cat([torch.full((10,), 1.0 + 1e-4), torch.full((118,), 1e-4)]).double()
-    assert participation_ratio(values) == pytest.approx(10.024, abs=1e-3)
-    assert effective_rank(values) == pytest.approx(10.121, abs=1e-2)
-
-
 # ---- What is no Gram matrix
 
 DOORS = [covariance_spectrum, CovarianceSpectrum.from_gram, GradientMoments.from_gram, gradient_norm]
@@ -247,4 +225,4 @@ def test_gradients_that_are_zero_have_a_spectrum_of_zeros() -> None:
     assert covariance_spectrum(zero).tolist() == [0] * 5
     largest = CovarianceSpectrum.from_gram(zero).lambda_max()
     assert (largest.value, largest.error) == (0, 0)
-    assert math.isnan(effective_rank(covariance_spectrum(zero)))
+    assert math.isnan(CovarianceSpectrum.from_gram(zero).effective_rank())

@@ -1,0 +1,45 @@
+"""A feature matrix: one row of features for each sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def centered_features(
+    features: Tensor,  # (n, d)
+    *,
+    fewest: int,
+    called: str = "features",
+) -> Tensor:  # (n, d), float64, on the CPU
+    """Return the features less their mean over the samples, or refuse what is no matrix of features that vary.
+
+    Args:
+        features: One row a sample.
+        fewest: Samples that are needed.
+        called: What the caller calls them, for the messages.
+
+    Raises:
+        ValueError: If the shape is another, the type not floating-point, a feature not finite, or all samples have the
+            same features.
+    """
+    if features.ndim != 2 or not features.shape[1] or not features.is_floating_point():
+        raise ValueError(
+            f"{called} has shape {tuple(features.shape)} and type {features.dtype}; pass one row of real features for "
+            "each sample, (n, d)."
+        )
+    if len(features) < fewest:
+        raise ValueError(f"{called} has {len(features)} samples; at least {fewest} are needed: collect more.")
+    rows = features.detach().cpu().double()
+    rows = rows - rows[0]  # less a sample before the mean, so that equal samples become exactly 0
+    if not torch.isfinite(rows).all():
+        raise ValueError(
+            f"{called} has entries that are not finite; look for NaN or infinity in the weights, the batch or "
+            "the layer."
+        )
+    if not rows.any():
+        raise ValueError(
+            f"{called} is constant: all {len(rows)} samples have the same features; the layer may be dead, or "
+            "collapsed."
+        )
+    return rows.sub_(rows.mean(0))
