@@ -9,10 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectral_callbacks.callbacks import DiffusionEntropy as DiffusionEntropy
     from spectral_callbacks.callbacks import FactorImbalance as FactorImbalance
     from spectral_callbacks.callbacks import GradientCovariance as GradientCovariance
     from spectral_callbacks.callbacks import HessianSpectrum as HessianSpectrum
     from spectral_callbacks.callbacks import OptimizerState as OptimizerState
+    from spectral_callbacks.callbacks import RepresentationGeometry as RepresentationGeometry
     from spectral_callbacks.callbacks import Sharpness as Sharpness
     from spectral_callbacks.callbacks import SpectralCallback as SpectralCallback
     from spectral_callbacks.callbacks import Spectrum as Spectrum
@@ -55,10 +57,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DiffusionEntropy": "callbacks",
     "FactorImbalance": "callbacks",
     "GradientCovariance": "callbacks",
     "HessianSpectrum": "callbacks",
     "OptimizerState": "callbacks",
+    "RepresentationGeometry": "callbacks",
     "Sharpness": "callbacks",
     "SpectralCallback": "callbacks",
     "Spectrum": "callbacks",
@@ -102,6 +106,7 @@ __all__ = [
     "DCTAdamW",
     "Density",
     "DiffGrad",
+    "DiffusionEntropy",
     "Edge",
     "Eigenpairs",
     "Estimate",
@@ -121,6 +126,7 @@ __all__ = [
     "OptimizerState",
     "ParameterSpace",
     "Probe",
+    "RepresentationGeometry",
     "Sharpness",
     "SpectralCallback",
     "Spectrum",

@@ -46,7 +46,10 @@ KNOBS_OF_OTHERS = (
     f"{PACKAGE}.optim",  # each optimizer has the defaults of its paper
     f"{PACKAGE}.probe.compositions",  # stand in for torch's functions, and take their arguments
 )
-COUNTS_OF_THEIR_OWN = {"num_eigenvalues"}  # one to follow, ten to see a spectrum
+COUNTS_OF_THEIR_OWN = {
+    "num_eigenvalues",  # one to follow, ten to see a spectrum
+    "num_samples",  # gradients cost a backward pass each, features hardly anything
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,8 +38,8 @@ class SpectralCallback(pl.Callback, abc.ABC):
         max_overhead: With neither given: the share of the wall time that all such callbacks together may take. The
             first measurement is at step 0, and its cost is earned back before the next.
         data: What to measure on. "fixed": the first `num_batches` training batches, always the same, for smooth curves.
-            "current": the batch at hand. "train": batches drawn once from a second loader over the training set. Or a
-            DataLoader of your own.
+            "current": the batch at hand. "train", "val": batches drawn once from a second loader over the training or
+            validation set. Or a DataLoader of your own.
         num_batches: How many batches the loss is averaged over, weighted by their size.
         mode: "train" measures the function that the optimizer sees, dropout masks frozen; "eval" the one that predicts.
         loss: The loss that is differentiated: (pl_module, batch) -> scalar Tensor, or the dotted path of such a
@@ -67,6 +67,7 @@ class SpectralCallback(pl.Callback, abc.ABC):
     rider: Rider | None = None  # looks on at what training does anyway instead of opening a probe
     runs_loss: ClassVar[bool] = True  # cannot do without the loss
     takes_batches: ClassVar[bool] = True  # cannot do without batches
+    loads_samples: int | None = None  # as many batches as hold so many samples, from a loader of its own
     more_families: ClassVar[tuple[str, ...]] = ()  # first segments of its tags beside `diagnostic`
 
     def __init__(
@@ -75,7 +76,7 @@ class SpectralCallback(pl.Callback, abc.ABC):
         every_n_steps: int | Literal["geometric"] | None = None,
         every_n_epochs: int | Literal["geometric"] | None = None,
         max_overhead: float = 0.05,
-        data: Literal["fixed", "current", "train"] | DataLoader[Any] = "fixed",
+        data: Literal["fixed", "current", "train", "val"] | DataLoader[Any] = "fixed",
         num_batches: int = 1,
         mode: Literal["train", "eval"] = "train",
         loss: Callable[[Any, Any], Tensor] | str | None = None,
@@ -96,7 +97,7 @@ class SpectralCallback(pl.Callback, abc.ABC):
         if optimizer < 0:
             raise ValueError(f"optimizer={optimizer!r} must be the index of an optimizer, counted from 0.")
         if not isinstance(data, DataLoader):
-            _check_choice("data", data, ("fixed", "current", "train"), or_else=", or a DataLoader")
+            _check_choice("data", data, ("fixed", "current", "train", "val"), or_else=", or a DataLoader")
         _check_choice("mode", mode, get_args(Mode))
         _check_choice("precision", precision, get_args(Precision))
         _check_choice("on_error", on_error, ("warn", "raise"))

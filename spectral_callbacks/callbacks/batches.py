@@ -13,9 +13,9 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler
 
-from spectral_callbacks.probe import copied, seed_generators, tensors_of, undisturbed
+from spectral_callbacks.probe import copied, num_samples, seed_generators, tensors_of, undisturbed
 
-Data = Literal["fixed", "current", "train"] | DataLoader[Any]
+Data = Literal["fixed", "current", "train", "val"] | DataLoader[Any]
 _CHECKPOINT_LIMIT = 2**24  # bytes of fixed batches that a checkpoint carries
 
 
@@ -67,40 +67,52 @@ class FixedBatches:
             self._kept = [FrozenBatch(batch, batch_idx) for batch, batch_idx in state["batches"]]
 
 
-def batches_of_loader(trainer: pl.Trainer, loader: Iterable[Any], num_batches: int) -> list[FrozenBatch]:
-    """Return the first batches of a loader of the user's own, with the module's transfer hooks applied, on the CPU.
+def batches_of_loader(
+    trainer: pl.Trainer, loader: Iterable[Any], num_batches: int, at_least: int | None = None
+) -> list[FrozenBatch]:
+    """Return the first batches of a loader, with the module's transfer hooks applied, on the CPU.
+
+    Args:
+        trainer: Whose hooks they are.
+        loader: Where they come from.
+        num_batches: How many.
+        at_least: Instead of `num_batches`: as many as hold so many samples, or all there are.
 
     Raises:
         ValueError: If the loader has none.
     """
     batches: list[FrozenBatch] = []
-    for batch_idx, batch in enumerate(itertools.islice(loader, num_batches)):
+    seen = 0
+    for batch_idx, batch in enumerate(itertools.islice(loader, None if at_least else num_batches)):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         batches.append(FrozenBatch(move_data_to_device(copied(batch), "cpu"), batch_idx))
+        seen += num_samples(batch)
+        if at_least and seen >= at_least:
+            break
     if not batches:
         raise ValueError("the loader given as data= has no batch; pass one that yields at least one.")
     return batches
 
 
-def second_train_loader(trainer: pl.Trainer, seed: int) -> DataLoader[Any]:
-    """Return a loader over the training set, or over what its SubsetRandomSampler draws, in an order of its own.
+def second_loader(trainer: pl.Trainer, data: str, seed: int) -> DataLoader[Any]:
+    """Return a loader over the set that "train" or "val" reads, or what its SubsetRandomSampler draws, shuffled anew.
 
     Iterating the trainer's loader again would move its generator, and with persistent workers restart the epoch.
 
     Raises:
-        ValueError: If the trainer does not train from one map-style DataLoader.
+        ValueError: If the trainer does not read one map-style DataLoader there.
     """
-    loader = trainer.train_dataloader
+    loader = _own_loader(trainer, data)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         source = loader.dataset if isinstance(loader, DataLoader) else loader
         raise ValueError(
-            f"data='train' needs a torch DataLoader over a map-style dataset, and training reads a "
+            f"data={data!r} needs a torch DataLoader over a map-style dataset, and the trainer reads a "
             f"{type(source).__name__}; pass a DataLoader of your own as data=, or use data='fixed'."
         )
     if loader.batch_size is None:
-        raise ValueError("data='train' needs a loader with a batch_size; pass a DataLoader of your own as data=.")
+        raise ValueError(f"data={data!r} needs a loader with a batch_size; pass a DataLoader of your own as data=.")
     generator = torch.Generator().manual_seed(seed)
     if isinstance(loader.sampler, SubsetRandomSampler):
         sampler = SubsetRandomSampler(loader.sampler.indices, generator)
@@ -115,8 +127,27 @@ def second_train_loader(trainer: pl.Trainer, seed: int) -> DataLoader[Any]:
     )
 
 
-def load_batches(trainer: pl.Trainer, data: Data, num_batches: int, seed: int) -> list[FrozenBatch]:
+def _own_loader(trainer: pl.Trainer, data: str) -> Any:
+    """Return what the trainer reads to train or validate; of a single validation loader in a list that loader."""
+    if data == "train":
+        return trainer.train_dataloader
+    loaders: Any = trainer.val_dataloaders
+    if loaders is None:
+        raise ValueError("data='val', and nothing validates in this run; use data='train', or pass a DataLoader.")
+    return loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
+
+
+def load_batches(
+    trainer: pl.Trainer, data: Data, num_batches: int, seed: int, *, at_least: int | None = None
+) -> list[FrozenBatch]:
     """Return batches of a second loader, and leave training's own as it is, random numbers of its data set included.
+
+    Args:
+        trainer: That trains.
+        data: Where they come from.
+        num_batches: How many.
+        seed: Of their order.
+        at_least: Instead of `num_batches`: as many as hold so many samples, or all there are.
 
     Raises:
         ValueError: If the data cannot be read without disturbing training.
@@ -127,12 +158,13 @@ def load_batches(trainer: pl.Trainer, data: Data, num_batches: int, seed: int) -
             "the loader given as data= is the one that training reads, and its persistent_workers would start the "
             "epoch over; pass a second DataLoader, or data='train'."
         )
-    loaders = [loader for loader in (training, data) if isinstance(loader, DataLoader)]
+    source = data if isinstance(data, DataLoader) else _own_loader(trainer, data)
+    loaders = [loader for loader in (training, source) if isinstance(loader, DataLoader)]
     datamodule: object = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
     with undisturbed(trainer.lightning_module, also=[*loaders, datamodule]):
         seed_generators(seed)
-        loader = second_train_loader(trainer, seed) if data == "train" else data
-        return batches_of_loader(trainer, loader, num_batches)
+        loader = data if isinstance(data, DataLoader) else second_loader(trainer, data, seed)
+        return batches_of_loader(trainer, loader, num_batches, at_least)
 
 
 def _is_plain(value: Any) -> bool:

@@ -103,7 +103,7 @@ class FactorImbalance(SpectralCallback):
 
     def measure(self, probe: Probe) -> Mapping[str, Reading]:
         """Return the state of each pair, and the rates so far."""
-        found = Findings()
+        found = Findings(counts_products=False)
         parameters = named_parameters(probe.module)
         for tag, pair in self._pairs.items():
             F, G = pair.factors(parameters)
@@ -122,9 +122,7 @@ class FactorImbalance(SpectralCallback):
         loss = self._attempt("rate_exponent of the loss", probe.loss) if self._has_loss else None
         if loss is not None:
             self._add_rate(found, "", probe.step, loss)
-        readings = found.concluded("imbalance", self.say)
-        del readings["imbalance/num_matvecs"]  # nothing is multiplied with the network
-        return readings
+        return found.concluded("imbalance", self.say)
 
     def _add_rate(self, found: Findings, tag: str, step: int, value: float) -> None:
         exponent = self._rates.setdefault(tag, _Rate()).after(step, value)

@@ -22,8 +22,8 @@ _ROUNDING = 32.0  # rounding errors of the features within which a singular valu
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureSpectrum:
-    """The squared singular values of a feature matrix.
+class InputSpectrum:
+    """The squared singular values of a layer's input.
 
     Entries that are off by a share ε shift singular values by about ε of the largest, whatever the shape: that one is
     at least the root mean square of the entries times the root of the longer side.
@@ -44,7 +44,7 @@ class FeatureSpectrum:
         return condition_number(self.squares.sqrt(), cutoff=self.cutoff)
 
 
-def unfitted_share(probe: Probe, seen: FeatureSpectrum) -> float:
+def unfitted_share(probe: Probe, seen: InputSpectrum) -> float:
     """Return the share of a linear layer's modes that so many steps of gradient descent would not have fitted.
 
     The loss counts as quadratic in the outputs of this layer, with the mean curvature that it has there now.
@@ -70,7 +70,7 @@ def unfitted_share(probe: Probe, seen: FeatureSpectrum) -> float:
     return unfitted_modes(scale * modes, max(probe.learning_rates()), probe.step)
 
 
-def spectrum_of_features(probe: Probe, name: str | None, *, seed: int) -> FeatureSpectrum:
+def spectrum_of_features(probe: Probe, name: str | None, *, seed: int) -> InputSpectrum:
     """Return the spectrum of a layer's input over the batches.
 
     The feature matrix has a column for each entry of the last dimension and a row for each index of all the others,
@@ -98,7 +98,7 @@ def spectrum_of_features(probe: Probe, name: str | None, *, seed: int) -> Featur
             "measure with precision='full'."
         )
     Z = torch.cat([x.to("cpu", torch.float64) for x in rows])
-    return FeatureSpectrum(ran[-1][0], _squares(Z, exact=eps < _SINGLE), _ROUNDING * eps)
+    return InputSpectrum(ran[-1][0], _squares(Z, exact=eps < _SINGLE), _ROUNDING * eps)
 
 
 def _squares(Z: Tensor, *, exact: bool) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from spectral_callbacks.callbacks.reading import Reading, Spectrum
+from spectral_callbacks.callbacks.reading import Picture, Reading
 from spectral_callbacks.linalg import Density, Eigenpairs, Estimate, Status
 
 
@@ -18,20 +18,23 @@ class Findings:
         readings: By tag.
         statuses: How each computation ended.
         num_matvecs: Products spent.
+        counts_products: Whether there can be any.
     """
 
     readings: dict[str, Reading] = dataclasses.field(default_factory=dict)
     statuses: list[Status] = dataclasses.field(default_factory=lambda: [Status.CONVERGED])
     num_matvecs: int = 0
+    counts_products: bool = True
 
     def count(self, ended: Eigenpairs | Density) -> None:
         """Count the products of a computation, and remember how it ended."""
         self.statuses.append(ended.status)
         self.num_matvecs += ended.num_matvecs
 
-    def add_estimate(self, tag: str, estimate: Estimate) -> None:
-        """Add an estimate under its tag, and its standard error as `<tag>_error`."""
-        self.readings |= {tag: estimate.value, f"{tag}_error": estimate.error}
+    def add_estimate(self, tag: str, estimate: Estimate, layer: str | None = None) -> None:
+        """Add an estimate under its tag, and its standard error as `<tag>_error`, both of a layer if one is given."""
+        behind = "" if layer is None else f"/{layer}"
+        self.readings |= {f"{tag}{behind}": estimate.value, f"{tag}_error{behind}": estimate.error}
 
     def add_largest(self, family: str, pairs: Eigenpairs) -> None:
         """Add the largest eigenvalues as `lambda_max`, `lambda_2` and so on, each with its residual."""
@@ -48,7 +51,7 @@ class Findings:
         self.readings[f"{family}/lambda_min_residual"] = pairs.residuals[0].item()
 
     def concluded(self, family: str, say: Callable[[str], None]) -> dict[str, Reading]:
-        """Return what is to be logged, with products and status.
+        """Return what is to be logged, with the status, and the products where they are counted.
 
         A number that is not finite is left out, and after a breakdown all are.
 
@@ -61,5 +64,7 @@ class Findings:
             say(f"{status.name.lower()}: {status.remedy}")
         # Products of no symmetric matrix have no eigenvalues and no trace of a Hessian.
         found = {} if Status.BREAKDOWN in self.statuses else self.readings
-        found = {**found, f"{family}/num_matvecs": self.num_matvecs, f"{family}/status": float(status)}
-        return {tag: value for tag, value in found.items() if isinstance(value, Spectrum) or math.isfinite(value)}
+        if self.counts_products:
+            found = {**found, f"{family}/num_matvecs": self.num_matvecs}
+        found = {**found, f"{family}/status": float(status)}
+        return {tag: value for tag, value in found.items() if isinstance(value, Picture) or math.isfinite(value)}

@@ -198,7 +198,7 @@ class GradientCovariance(SpectralCallback):
 
     def measure(self, probe: Probe) -> Mapping[str, Reading]:
         """Return the statistics of the gradients of the probe's samples."""
-        found, labels = Findings(), self._classes(probe.batches)
+        found, labels = Findings(counts_products=self._hessian), self._classes(probe.batches)
         pairs = self._eigenpairs(probe, found)
         gram = probe.sample_gram(
             self._num_samples, by_parameter=self._per_layer, directions=None if pairs is None else pairs.vectors
@@ -207,24 +207,18 @@ class GradientCovariance(SpectralCallback):
             self._attempt("noise_curvature_alignment", lambda: self._align_with_curvature(probe, found))
             if self.outputs is not None:
                 self._attempt("loss_noise_alignment", lambda: self._align_with_loss(probe, found))
-        return self._concluded(found)
+        return found.concluded("gradient", self.say)
 
     def _reader(self, batch: FrozenBatch) -> Read:
         """Return what makes readings of what training's backward pass over a batch brings."""
         labels = self._classes([batch])  # training may change them
 
         def read(gram: SampleGram, pairs: Eigenpairs | None) -> Mapping[str, Reading]:
-            found = Findings()
+            found = Findings(counts_products=self._hessian)
             self._look_at(gram, pairs, labels, found)
-            return self._concluded(found)
+            return found.concluded("gradient", self.say)
 
         return read
-
-    def _concluded(self, found: Findings) -> dict[str, Reading]:
-        readings = found.concluded("gradient", self.say)
-        if not self._hessian:
-            del readings["gradient/num_matvecs"]
-        return readings
 
     def _eigenpairs(self, probe: Probe, found: Findings) -> Eigenpairs | None:
         """Return the Hessian's eigenpairs that others have found, or own ones if they are asked for and too few."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_callbacks.callbacks.dotted import resolved
+from spectral_callbacks.callbacks.batch_entries import BatchEntry
 from spectral_callbacks.probe import num_samples
 
 LabelSource = int | str | Callable[[Any], Tensor]
@@ -33,10 +33,7 @@ class Labels:
     """
 
     def __init__(self, source: LabelSource) -> None:
-        self._source = source
-        self._find: Callable[[Any], Tensor] = self._entry
-        if not isinstance(source, int) and not (isinstance(source, str) and "." not in source):
-            self._find = resolved(source, "labels", "(batch) -> (N,) integers")
+        self._entry = BatchEntry(source, "labels", "(N,) integers")
 
     def __call__(self, batches: Sequence[Any]) -> Tensor:  # (N,), int64, on the CPU
         """Return the labels of all samples of the batches, in order.
@@ -44,32 +41,19 @@ class Labels:
         Raises:
             ValueError: If a batch has none, or not an integer for each of its samples, or a function fails.
         """
-        return torch.cat([self._checked(self._found(batch), num_samples(batch)) for batch in batches])
-
-    def _entry(self, batch: Any) -> Any:
-        return batch[self._source]
-
-    def _found(self, batch: Any) -> Any:
-        try:
-            return self._find(batch)
-        except Exception as error:
-            what = "is no key of the batch" if self._find == self._entry else "fails on the batch"
-            raise ValueError(
-                f"labels={self._source!r} {what}, a {type(batch).__name__} ({error!r}); pass the key or index of the "
-                "labels, or a function (batch) -> (N,) integers."
-            ) from error
+        return torch.cat([self._checked(self._entry(batch), num_samples(batch)) for batch in batches])
 
     def _checked(self, labels: Any, size: int) -> Tensor:
         is_list = isinstance(labels, (list, tuple)) and all(isinstance(label, int) for label in labels)
         if is_list and any(abs(label) >= 2**63 for label in labels):
             raise ValueError(
-                f"labels={self._source!r} gives numbers for a batch of {size} samples that no int64 can hold; number "
+                f"{self._entry} gives numbers for a batch of {size} samples that no int64 can hold; number "
                 "the classes from 0."
             )
         found = torch.tensor(labels) if is_list else labels if isinstance(labels, Tensor) else None
         if found is None or found.shape != (size,) or found.is_floating_point() or found.is_complex():
             what = type(labels).__name__ if found is None else f"shape {tuple(found.shape)} and type {found.dtype}"
             raise ValueError(
-                f"labels={self._source!r} gives {what} for a batch of {size} samples; it must give an integer for each."
+                f"{self._entry} gives {what} for a batch of {size} samples; it must give an integer for each."
             )
         return found.detach().to("cpu", torch.int64)

@@ -111,11 +111,11 @@ class OptimizerState(SpectralCallback):
 
     def measure(self, probe: Probe) -> Mapping[str, Reading]:
         """Return what the optimizer tells of its last step; how far it moved is seen only while training takes it."""
-        found = Findings()
+        found = Findings(counts_products=False)
         trained = [p for group in probe.optimizer.param_groups for p in group["params"]]
         names = dict(zip(probe.space.tensors, probe.space.names, strict=True))
         self._listen(probe.optimizer, {p: layer_of(names[p]) for p in trained if p in names}, found)
-        return self._concluded(found)
+        return found.concluded("optimizer", self.say)
 
     def _read(self, before: Mapping[Tensor, Tensor]) -> Mapping[str, Reading] | None:
         """Return the readings behind a step, or None if nothing was to be moved or the step was skipped."""
@@ -133,7 +133,7 @@ class OptimizerState(SpectralCallback):
         total = _sum(updates.values())
         if total.was_skipped:
             return None
-        found = Findings()
+        found = Findings(counts_products=False)
         if not total.is_finite:
             found.statuses.append(Status.NONFINITE)
         elif total.step == 0 < total.gradient and any(float(group["lr"]) > 0 for group in optimizer.param_groups):
@@ -146,7 +146,7 @@ class OptimizerState(SpectralCallback):
         for layer, tag in self._layer_tags(layers.values()).items():
             _add_update(found, _sum(u for p, u in updates.items() if layers[p] == layer), f"/{tag}")
         self._listen(optimizer, layers, found)
-        return self._concluded(found)
+        return found.concluded("optimizer", self.say)
 
     def _listen(self, optimizer: torch.optim.Optimizer, layers: Mapping[Tensor, str], found: Findings) -> None:
         """Add what an optimizer tells of these parameters."""
@@ -170,11 +170,6 @@ class OptimizerState(SpectralCallback):
 
     def _layer_tags(self, layers: Iterable[str]) -> dict[str, str]:
         return layer_tags(dict.fromkeys(layers)) if self._per_layer else {}
-
-    def _concluded(self, found: Findings) -> dict[str, Reading]:
-        readings = found.concluded("optimizer", self.say)
-        del readings["optimizer/num_matvecs"]  # nothing is multiplied
-        return readings
 
 
 def _sum(updates: Iterable[Update]) -> Update:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def likeness(callback: SpectralCallback) -> Hashable:
     """Return what two callbacks have in common that can share a probe."""
     data = callback.data if isinstance(callback.data, str) else id(callback.data)
-    loss = id(callback.loss)
-    return data, callback.num_batches, callback.mode, loss, callback.precision, callback.optimizer, callback.seed
+    batches = data, callback.num_batches, callback.loads_samples, callback.seed
+    return batches, callback.mode, id(callback.loss), callback.precision, callback.optimizer
 
 
 class Probes:

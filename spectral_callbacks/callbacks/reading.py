@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
 _NUM_BINS = 60
 
 
+class Picture(abc.ABC):
+    """A reading that is more than a number: TensorBoard alone can show it."""
+
+    @abc.abstractmethod
+    def write(self, writer: SummaryWriter, tag: str, step: int) -> None:
+        """Write it to TensorBoard."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Spectrum:
+class Spectrum(Picture):
     """Eigenvalues with weights, drawn as a histogram on a signed logarithmic axis.
 
     The axis is x = sign(λ) log10(1 + |λ| / linear_below): linear around 0, one unit a decade further out. The height of
@@ -64,6 +78,55 @@ class Spectrum:
         """Return eigenvalues and weights side by side, unrounded."""
         return torch.stack([self.values, self.weights], dim=1).detach().cpu()
 
+    def write(self, writer: SummaryWriter, tag: str, step: int) -> None:
+        """Write a histogram under the tag, and under `<tag>_points` a tensor of eigenvalues and weights."""
+        edges, heights = self.histogram()
+        centers = (edges[:-1] + edges[1:]) / 2
+        writer.add_histogram_raw(
+            tag,
+            min=edges[0].item(),
+            max=edges[-1].item(),
+            num=heights.sum().item(),
+            sum=(heights @ centers).item(),
+            sum_squares=(heights @ centers.square()).item(),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=heights.tolist(),
+            global_step=step,
+        )
+        writer.add_tensor(f"{tag}_points", self.points(), step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Picture):
+    """Words about a step, as TensorBoard's text tab shows them.
+
+    Attributes:
+        words: Markdown.
+    """
+
+    words: str
+
+    def write(self, writer: SummaryWriter, tag: str, step: int) -> None:
+        """Write the words."""
+        writer.add_text(tag, self.words, step)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Embedding(Picture):
+    """Points with labels, as TensorBoard's projector shows them.
+
+    Attributes:
+        points: (n, d).
+        labels: A word for each point; none if empty.
+    """
+
+    points: Tensor
+    labels: Sequence[str] = ()
+
+    def write(self, writer: SummaryWriter, tag: str, step: int) -> None:
+        """Write the points, to be looked at in the projector's tab."""
+        writer.add_embedding(self.points, list(self.labels) or None, global_step=step, tag=tag)
+
 
 def check_axis(linear_below: float) -> None:
     """Raise unless the axis has a linear part.
@@ -75,4 +138,4 @@ def check_axis(linear_below: float) -> None:
         raise ValueError(f"linear_below={linear_below} must be a positive eigenvalue, for example 1e-3.")
 
 
-Reading = float | Spectrum
+Reading = float | Picture

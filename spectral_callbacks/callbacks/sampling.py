@@ -7,7 +7,7 @@ import dataclasses
 import lightning.pytorch as pl
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
 
-from spectral_callbacks.callbacks.batches import Data, second_train_loader
+from spectral_callbacks.callbacks.batches import Data, second_loader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def population(trainer: pl.Trainer, data: Data) -> int | None:
         drawn = sampling_of(trainer)
         return drawn.dataset_size if drawn.replacement is False else None
     try:
-        loader = second_train_loader(trainer, seed=0) if data == "train" else data
+        loader = data if isinstance(data, DataLoader) else second_loader(trainer, data, seed=0)
     except ValueError:  # loading will say why
         return None
     batches = _batches(loader)

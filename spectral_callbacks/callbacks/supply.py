@@ -38,7 +38,9 @@ class BatchSupply:
 
     def load(self, trainer: pl.Trainer, callback: SpectralCallback) -> None:
         """Load the callback's batches, once a run."""
-        self._loaded[_source(callback)] = load_batches(trainer, callback.data, callback.num_batches, callback.seed)
+        self._loaded[_source(callback)] = load_batches(
+            trainer, callback.data, callback.num_batches, callback.seed, at_least=callback.loads_samples
+        )
 
     def take(self, module: pl.LightningModule, callback: SpectralCallback) -> list[FrozenBatch] | None:
         """Return the callback's batches on the module's device, or None while they have not passed."""
@@ -55,4 +57,5 @@ class BatchSupply:
 
 def _source(callback: SpectralCallback) -> Hashable:
     data = callback.data
-    return data if isinstance(data, str) else id(data), callback.num_batches, callback.seed
+    key = data if isinstance(data, str) else id(data)
+    return key, callback.num_batches, callback.loads_samples, callback.seed

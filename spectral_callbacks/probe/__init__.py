@@ -1,5 +1,8 @@
 """One look at a model in training, without disturbing it."""
 
+from spectral_callbacks.probe.activations import Layer as Layer
+from spectral_callbacks.probe.activations import activations as activations
+from spectral_callbacks.probe.activations import find_layers as find_layers
 from spectral_callbacks.probe.backends import explain as explain
 from spectral_callbacks.probe.backends import twice_differentiable as twice_differentiable
 from spectral_callbacks.probe.batches import copied as copied

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SubsetRandomSampler, TensorDataset
 
 from spectral_callbacks.callbacks import Sharpness
-from spectral_callbacks.callbacks.batches import FixedBatches, second_train_loader
+from spectral_callbacks.callbacks.batches import FixedBatches, second_loader
 from tests.callbacks.runs import Regression, Watch, complaints, fit, loader, plain_loss, samples, series, steps
 
 
@@ -389,13 +389,73 @@ class TestFixedBatchesInACheckpoint:
         assert torch.equal(frozen[0].batch[0], torch.ones(2))
 
 
+class Validated(Regression):
+    """Validates on other samples than it trains on."""
+
+    def __init__(self, *loaders: DataLoader[Any]) -> None:
+        super().__init__()
+        self.loaders = list(loaders)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    def val_dataloader(self) -> Any:
+        return self.loaders
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_val_batches_come_from_the_validation_set_in_an_order_of_their_own(sanity: int) -> None:
+    data = samples(12, seed=5)
+    callback = Noting(every_n_steps=2, data="val", num_batches=3)
+    fit(Validated(DataLoader(data, batch_size=4)), callback, num_sanity_val_steps=sanity)
+    first, second = (torch.cat([x for x, _ in seen]) for seen in callback.seen)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, data.tensors[0])
+    assert torch.equal(first[:, 0].sort().values, data.tensors[0][:, 0].sort().values)
+
+
+def test_drawing_from_the_validation_set_leaves_the_run_as_it_is() -> None:
+    ends = []
+    for callbacks in ([], [Noting(every_n_steps=2, data="val")]):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        module = Validated(DataLoader(Augmented(), batch_size=8))
+        trainer = fit(module, *callbacks, data=DataLoader(Augmented(), batch_size=8, shuffle=True), max_epochs=2)
+        ends.append([*module.parameters(), trainer.callback_metrics["val_loss"]])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Regression(), "data='val', and nothing validates in this run; use data='train'"),
+        (Validated(loader(), loader()), "data='val' needs a torch DataLoader over a map-style dataset.*reads a list"),
+    ],
+    ids=["none", "two"],
+)
+def test_a_run_without_one_validation_loader_is_reported_once(module: Regression, message: str) -> None:
+    callback = Noting(every_n_steps=1, data="val")
+    with pytest.warns(UserWarning, match=message) as warned:
+        fit(module, callback)
+    assert len(complaints(warned)) == 1
+
+
+@pytest.mark.parametrize(("wanted", "loaded"), [(9, 12), (12, 12), (100, 32)])
+def test_as_many_batches_are_loaded_as_hold_the_samples_that_are_wanted(wanted: int, loaded: int) -> None:
+    callback, other = Noting(every_n_steps=4, data="train"), Noting(every_n_steps=4, data="train", name="other")
+    callback.loads_samples = wanted
+    fit(Regression(), callback, other, data=loader(batch_size=4))
+    assert sum(len(x) for x, _ in callback.seen[0]) == loaded
+    assert sum(len(x) for x, _ in other.seen[0]) == 4
+
+
 def test_the_second_loader_keeps_collation_and_size_and_takes_no_workers() -> None:
     data = loader(batch_size=4, num_workers=2, drop_last=True)
     trainer = fit(Regression(), data=loader(batch_size=4), max_epochs=0)
     trainer.fit_loop._data_source.instance = data
     trainer.fit_loop._combined_loader = None
     trainer.fit_loop.setup_data()
-    second = second_train_loader(trainer, seed=0)
+    second = second_loader(trainer, "train", seed=0)
     assert second.batch_size == 4
     assert second.num_workers == 0
     assert second.collate_fn is data.collate_fn

@@ -6,12 +6,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from spectral_callbacks.callbacks import Sharpness
+from spectral_callbacks.callbacks.reading import Embedding, Text
 from spectral_callbacks.tags import check_tag
 from tests.callbacks.runs import Regression, fit, loader, series, steps
 
@@ -212,3 +214,33 @@ def test_validating_and_testing_emit_nothing() -> None:
     trainer.validate(Tested(), loader(), verbose=False)
     trainer.test(Tested(), loader(), verbose=False)
     assert not callback.history
+
+
+class Showing(Sharpness):
+    """Returns words and points."""
+
+    def measure(self, probe: Any) -> Any:
+        points = torch.arange(6.0).reshape(3, 2)
+        return {
+            "sharpness/words": Text(f"**step** {probe.step}"),
+            "sharpness/points": Embedding(points, ["a", "b", "c"]),
+            "sharpness/bare": Embedding(points),
+        }
+
+
+def test_words_and_points_reach_tensorboard_and_no_other_logger(tmp_path: Path) -> None:
+    callback, logger, other = Showing(every_n_steps=2), TensorBoardLogger(tmp_path), Notebook()
+    trainer = fit(Regression(), callback, logger=[logger, other])
+    written = events_of(logger).Tensors("sharpness/words/text_summary")
+    assert [(event.step, event.tensor_proto.string_val[0]) for event in written] == [
+        *((step, f"**step** {step}".encode()) for step in (0, 2))
+    ]
+    for tag in ("points", "bare"):
+        [folder] = Path(logger.log_dir).glob(f"00002/sharpness*{tag}")
+        assert (folder / "tensors.tsv").read_text().split() == ["0.0", "1.0", "2.0", "3.0", "4.0", "5.0"]
+        assert (folder / "metadata.tsv").exists() == (tag == "points")
+    config = (Path(logger.log_dir) / "projector_config.pbtxt").read_text()
+    assert config.count("tensor_path") == 4
+    assert not any("sharpness/words" in line for _, line in other.lines)
+    assert "sharpness/words" not in trainer.callback_metrics
+    assert callback.history[0]["sharpness/words"] == Text("**step** 0")

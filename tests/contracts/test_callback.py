@@ -34,6 +34,7 @@ from tests.contracts.training import Record, record
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*The budget of products was spent:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*left out:UserWarning"),  # what takes outputs=, or a bulk to be seen
+    pytest.mark.filterwarnings("ignore:.*is biased by more than 5 %:UserWarning"),  # batches of six
 ]
 
 Make = Callable[..., SpectralCallback]
@@ -45,7 +46,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "HessianSpectrum": {"num_eigenvalues": 2, "num_steps": 2, "num_probes": 1, "rtol": 0.1, "max_matvecs": 6},
     "OptimizerState": {"per_layer": True},
     "FactorImbalance": {"pairs": ["*:*"]},
+    "RepresentationGeometry": {
+        "layers": ["*"],
+        "metrics": ["effective_rank", "cka_previous"],
+    },
+    "DiffusionEntropy": {"layers": ["*"], "num_classes": 2},
     "GradientCovariance": {"num_eigenvalues": 2, "hessian": True, "per_layer": True, "rtol": 0.1, "max_matvecs": 6},
+}
+# What has no default.
+REQUIRED: dict[str, dict[str, Any]] = {
+    "FactorImbalance": {"pairs": [("net.0", "net.2")]},
+    "RepresentationGeometry": {"layers": ["net.0"]},
+    "DiffusionEntropy": {"layers": ["net.0"]},
 }
 # Batch norm in training mode leaves no sample a gradient of its own.
 NETWORKS: dict[str, type[Everything]] = {"GradientCovariance": Rideable}
@@ -392,12 +404,11 @@ def test_the_tags_that_its_charts_draw_are_tags_that_it_logs(make: Make) -> None
 
 def test_the_docstring_names_every_tag_that_it_logs_by_default(make: Make) -> None:
     kind = type(make())
-    required: dict[str, Any] = {"pairs": [("net.0", "net.2")]} if kind.__name__ == "FactorImbalance" else {}
-    callback = kind(every_n_steps=2, **required)
+    callback = kind(every_n_steps=2, **REQUIRED.get(kind.__name__, {}))
     fit(Regression(), callback)
     text = inspect.getdoc(type(callback)) or ""
     tags = [re.sub(r"/lambda_\d+", "/lambda_2", tag) for tag in callback.history[0] if "/" in tag]  # one of many
-    tags = [re.sub(r"/net\.0-2$", "/<pair>", tag) for tag in tags]
+    tags = [re.sub(r"/net\.0$", "/<layer>", re.sub(r"/net\.0-2$", "/<pair>", tag)) for tag in tags]
     assert [tag for tag in tags if not tag.startswith("cost/") and tag not in text] == []
 
 
