@@ -45,6 +45,8 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cro
 class Classifier(pl.LightningModule):
     """A multilayer perceptron; logs loss and accuracy as `train/...` and `val/...`.
 
+    A batch begins with inputs (n, num_features) and classes (n,); what comes after these is not looked at.
+
     Args:
         widths: Number of units of each hidden layer.
         activation: What follows each hidden layer.
@@ -83,15 +85,15 @@ class Classifier(pl.LightningModule):
         """Return the scores of a batch, (n, features) -> (n, classes)."""
         return self.net(x)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         return self._evaluate(batch, "train")
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Log the loss and the accuracy of a batch."""
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Log the loss and the accuracy of a batch."""
         self._evaluate(batch, "test")
 
@@ -99,8 +101,8 @@ class Classifier(pl.LightningModule):
         """Return plain SGD with learning rate 0.1; the `optimizer` section of a config takes its place."""
         return torch.optim.SGD(self.parameters(), lr=_FALLBACK_LR)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
-        x, y = batch
+    def _evaluate(self, batch: Sequence[Tensor], stage: str) -> Tensor:
+        x, y = batch[:2]
         outputs = self(x)
         loss = self.loss(outputs, y)
         accuracy = (outputs.argmax(1) == y).float().mean()

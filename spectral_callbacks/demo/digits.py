@@ -20,31 +20,31 @@ _DARKEST = 0.1  # what a blank pixel is, for models of positive data
 Pixels = Literal["standardized", "positive"]
 
 
-class Samples(Dataset[tuple[Tensor, Tensor]]):
-    """Inputs and targets in memory; a batch is one indexing operation.
+class Samples(Dataset[tuple[Tensor, ...]]):
+    """Inputs, targets and whatever else belongs to them, in memory; a batch is one indexing operation.
 
     Args:
         inputs: (n, ...).
         targets: (n,).
+        more: (n, ...) each.
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        self.inputs = inputs
-        self.targets = targets
+    def __init__(self, inputs: Tensor, targets: Tensor, *more: Tensor) -> None:
+        self.tensors = (inputs, targets, *more)
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.tensors[0])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[index], self.targets[index]
+    def __getitem__(self, index: int | Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
         """Return a whole batch; PyTorch's loader asks for it instead of collating single samples."""
-        chosen = torch.as_tensor(indices)
-        return self.inputs[chosen], self.targets[chosen]
+        return self[torch.as_tensor(indices)]
 
 
-def _collated(batch: Any) -> Any:
+def collated(batch: Any) -> Any:
+    """Return a batch that its data set has put together already."""
     return batch
 
 
@@ -102,21 +102,21 @@ class DigitsDataModule(pl.LightningDataModule):
         self._train = Samples(images[train], self._noisy(classes[train]))
         self._val = Samples(images[val], classes[val])
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Return the training batches, shuffled by a generator of their own unless there is only one."""
         return DataLoader(
             self._train,
             batch_size=self.batch_size,
             shuffle=self.batch_size < self.num_train,
             generator=torch.Generator().manual_seed(self.seed),
-            collate_fn=_collated,
+            collate_fn=collated,
         )
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Return the images that were not trained on, in one batch."""
-        return DataLoader(self._val, batch_size=len(self._val), collate_fn=_collated)
+        return DataLoader(self._val, batch_size=len(self._val), collate_fn=collated)
 
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Return the validation images."""
         return self.val_dataloader()
 
