@@ -19,7 +19,7 @@ _OF_SWEEP = ("sweep", "report")  # keys of a config that are no options of a run
 _BY_SHORT_NAME = ("spectral_callbacks.callbacks", "spectral_callbacks.demo", "spectral_callbacks.optim")
 
 
-def run(arguments: Sequence[str], *, callbacks: Sequence[pl.Callback] = ()) -> LightningCLI:
+def run(arguments: Sequence[str], *, callbacks: Sequence[pl.Callback] = (), save_config: bool = True) -> LightningCLI:
     """Run a command of the LightningCLI.
 
     Model and data are the demo's unless `--model` and `--data`, or the config, name another LightningModule and
@@ -29,6 +29,7 @@ def run(arguments: Sequence[str], *, callbacks: Sequence[pl.Callback] = ()) -> L
     Args:
         arguments: fit, validate, test or predict, and its options.
         callbacks: Added to those of the config.
+        save_config: Whether the config of the run is saved beside its log.
 
     Returns:
         The CLI after the run, with `trainer`, `model` and `datamodule`.
@@ -37,9 +38,12 @@ def run(arguments: Sequence[str], *, callbacks: Sequence[pl.Callback] = ()) -> L
         ModuleNotFoundError: If the extra `cli` is not installed.
     """
     require("jsonargparse", "docstring_parser")
+    from lightning.pytorch.cli import SaveConfigCallback
+
     return _cli_class()(
         args=list(arguments),
         parser_kwargs={"prog": "spectral-callbacks"},
+        save_config_callback=SaveConfigCallback if save_config else None,
         save_config_kwargs={"overwrite": True},  # without a logger every run saves to the same folder
         trainer_defaults={"callbacks": list(callbacks)},
     )

@@ -13,6 +13,7 @@ _COMMANDS = {
     "test": "evaluate on the test data",
     "predict": "run the model on data",
     "sweep": "train once for every entry of a config's sweep list, and compare: sweep configs/hessian_spectrum.yaml",
+    "init-entropy": "scale initial weights to the entropy of a layer: init-entropy --layer net.3 --target 5",
     "demo": "watch a small network reach the edge of stability, in a minute on one core",
 }
 
@@ -28,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="spectral-callbacks",
         description="Optimizer and stability diagnostics for PyTorch Lightning.",
-        epilog="spectral-callbacks COMMAND --help lists the options of a command; demo and sweep take those of fit.",
+        epilog=(
+            "spectral-callbacks COMMAND --help lists the options of a command; demo, sweep and init-entropy take those "
+            "of fit."
+        ),
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in _COMMANDS.items():
@@ -43,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from spectral_callbacks.cli.sweep import sweep
 
             sweep(rest)
+        elif chosen.command == "init-entropy":
+            from spectral_callbacks.cli.init_entropy import init_entropy
+
+            init_entropy(rest)
         else:
             from spectral_callbacks.cli.lightning_cli import run
 

@@ -1,5 +1,7 @@
 """Initialisers and re-parameterisations of layers."""
 
+from spectral_callbacks.init.entropy import EntropyScale as EntropyScale
+from spectral_callbacks.init.entropy import scale_to_entropy_ as scale_to_entropy_
 from spectral_callbacks.init.log_normal import log_normal_ as log_normal_
 from spectral_callbacks.init.log_normal import log_normal_weights_ as log_normal_weights_
 from spectral_callbacks.init.rebalance import rebalance_ as rebalance_

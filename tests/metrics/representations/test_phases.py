@@ -45,19 +45,19 @@ def test_both_planted_turns_are_found_near_their_places(sd: float, within: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sd", "within"), [(0.02, 3), (0.05, 4), (0.10, 10)])
-def test_both_planted_turns_are_found_in_nearly_every_run(sd: float, within: int):
-    assert_both_turns_are_found(sd, within=within, runs=100)
+@pytest.mark.parametrize(("sd", "within", "runs"), [(0.02, 3, 40), (0.05, 4, 40), (0.10, 10, 100)])
+def test_both_planted_turns_are_found_in_nearly_every_run(sd: float, within: int, runs: int):
+    assert_both_turns_are_found(sd, within=within, runs=runs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slope", [0.0, -0.03])
 def test_runs_without_a_turn_raise_no_more_alarms_than_stated(slope: float):
     alarmed = 0
-    for seed in range(100):
+    for seed in range(60):
         line, noise = slope * np.arange(60), 0.05 * ar1((60,), 0.5, seed=seed, correlation=0.5)
         alarmed += bool(detect_phases(STEPS[:60], np.exp(2 + line + noise[:, 0]), 2 - line + noise[:, 1]))
-    assert alarmed <= 5
+    assert alarmed <= 3
 
 
 def test_no_alarm_depends_on_data_after_it():
