@@ -11,16 +11,19 @@ import pytest
 from spectral_callbacks import (
     DCTAdamW,
     DiffGrad,
+    DiffusionEntropy,
     ExponentiatedGradient,
     FactorImbalance,
     GradientCovariance,
     HessianSpectrum,
     HypentropyGD,
     OptimizerState,
+    RepresentationGeometry,
     Sharpness,
     SpectralCallback,
     TraceStability,
 )
+from tests.callbacks.representations.nets import Wide, labelled
 from tests.callbacks.runs import Regression, fit, loader, sgd
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,7 +53,7 @@ def _named(kind: type[SpectralCallback]) -> set[str]:
     """The tags in the table of a callback."""
     section = README.partition(f"### `{kind.__name__}`")[2].partition("\n##")[0]
     rows = re.findall(r"^\| (`.*?`) \|", section, flags=re.MULTILINE)
-    return {tag for row in rows for tag in re.findall(r"`(\w+/\w+(?:/<pair>)?)`", row)}
+    return {tag for row in rows for tag in re.findall(r"`(\w+/\w+(?:/<(?:pair|layer)>)?)`", row)}
 
 
 class Plain(Regression):
@@ -97,6 +100,15 @@ def test_the_table_of_factors_names_what_a_run_logs() -> None:
     errors = {"imbalance/rate_exponent_error", "imbalance/rate_exponent_error/<pair>"}
     assert errors <= logged
     assert logged - errors == _named(FactorImbalance)
+
+
+@pytest.mark.parametrize("kind", [RepresentationGeometry, DiffusionEntropy])
+def test_the_tables_of_features_name_what_a_run_logs(kind: type[RepresentationGeometry | DiffusionEntropy]) -> None:
+    callback = kind(["features"], every_n_steps=4)
+    fit(Wide(), callback, data=labelled(1024, batch_size=128))
+    logged = {tag.replace("/features", "/<layer>") for tag in callback.history[-1]} - {"step", "cost/overhead"}
+    on_request = {"representation/phase_change"}  # where there is one
+    assert {tag for tag in logged if "_error/" not in tag} == _named(kind) - on_request
 
 
 def test_the_table_of_options_names_those_of_the_base_class() -> None:

@@ -129,9 +129,11 @@ class DiffusionEntropy(RepresentationCallback):
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Find the layers, and draw their charts."""
         super().prepare(trainer, module)
-        drawn = ["dse", *(f"dsmi_{target}" for target in self._targets)]
+        titles = {"dse": "diffusion entropy, bits"}
+        titles |= {f"dsmi_{target}": f"information with the {target}, bits" for target in self._targets}
         self.charts = tuple(
-            Chart(name, tuple(f"entropy/{name}/{tag}" for tag in self._tags.values())) for name in drawn
+            Chart(title, tuple(f"entropy/{name}/{tag}" for tag in self._tags.values()))
+            for name, title in titles.items()
         )
 
     def forget(self) -> None:

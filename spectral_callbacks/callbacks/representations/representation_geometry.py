@@ -32,7 +32,17 @@ from spectral_callbacks.tags import Chart
 
 _NUM_KEPT = 1024  # samples for what is found from pairs of them, and for the projector
 _OF_PAIRS = ("intrinsic_dimension", "cka_previous", "cka_next")
-METRICS = (*RANKS, "alpha_req", *_OF_PAIRS)
+_TITLES = {
+    "rankme": "RankMe, of singular values",
+    "effective_rank": "effective rank, of the covariance",
+    "participation_ratio": "participation ratio",
+    "unbiased_participation_ratio": "participation ratio, unbiased",
+    "stable_rank": "stable rank",
+    "spectral_entropy": "spectral entropy, nats",
+    "alpha_req": "alpha of the spectrum",
+}
+_PHASES = Chart("phase: 0 warm-up, 1 entropy-seeking, 2 compression-seeking", ("representation/phase",))
+METRICS = (*_TITLES, *_OF_PAIRS)
 
 
 class RepresentationGeometry(RepresentationCallback):
@@ -141,8 +151,10 @@ class RepresentationGeometry(RepresentationCallback):
         """Find the layers, and draw their charts."""
         super().prepare(trainer, module)
         drawn = [name for name in self._metrics if name not in _OF_PAIRS]
-        self.charts = tuple(
-            Chart(name, tuple(f"representation/{name}/{tag}" for tag in self._tags.values())) for name in drawn
+        tags = self._tags.values()
+        self.charts = (
+            *(Chart(_TITLES[name], tuple(f"representation/{name}/{tag}" for tag in tags)) for name in drawn),
+            *((_PHASES,) if "effective_rank" in self._metrics else ()),
         )
 
     def forget(self) -> None:

@@ -296,5 +296,5 @@ def _moved(before: Line, after: Line) -> str:
     """Say two slopes with their standard errors."""
     if math.isnan(after.slope):
         return "not known"
-    old, now = (f"{line.slope:+.3g} ± {line.error:.1g}" for line in (before, after))
+    old, now = (f"{x.slope:+.3g}" + ("" if math.isnan(x.error) else f" ± {x.error:.1g}") for x in (before, after))
     return now if math.isnan(before.slope) else f"{old} → {now}"

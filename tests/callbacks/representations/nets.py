@@ -57,6 +57,20 @@ class Transformer(Convolutional):
         return self.head(self.body(x[:, 0]).mean(1))
 
 
+class Wide(Convolutional):
+    """A linear layer of 64 features."""
+
+    layers = ("features",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Linear(36, 64)
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x.flatten(1)).tanh())
+
+
 NETS: dict[str, type[Convolutional]] = {
     "convolutional": Convolutional,
     "recurrent": Recurrent,

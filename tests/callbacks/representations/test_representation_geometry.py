@@ -16,7 +16,7 @@ from spectral_callbacks.callbacks import RepresentationGeometry
 from spectral_callbacks.callbacks.reading import Embedding, Spectrum, Text
 from spectral_callbacks.linalg import Status
 from spectral_callbacks.metrics import Phase, PhaseChange, PhaseDetector, cka, effective_rank, rankme, two_nn_dimension
-from tests.callbacks.representations.nets import NETS, Convolutional, labelled
+from tests.callbacks.representations.nets import NETS, Convolutional, Wide, labelled
 from tests.callbacks.runs import complaints, fit, series, steps
 from tests.callbacks.test_record import events_of
 from tests.contracts.training import record
@@ -27,20 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is biased by its num_samples:UserWarning"),
     pytest.mark.filterwarnings("ignore:a two-NN dimension of:UserWarning"),
 ]
-
-
-class Wide(Convolutional):
-    """Gaussian features in 64 dimensions, with eigenvalues near 1/i² of a power."""
-
-    layers = ("features",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Linear(36, 64)
-        self.head = nn.Linear(64, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x.flatten(1)).tanh())
 
 
 def geometry(*layers: str, **options: Any) -> RepresentationGeometry:

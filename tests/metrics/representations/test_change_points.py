@@ -145,9 +145,7 @@ def test_false_alarms_in_a_whole_run_stay_below_the_rate(kind: str, phi: float):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("n", "phi"), [(30, 0.0), (30, 0.5), (30, 0.8), (90, 0.0), (90, 0.5), (90, 0.8), (200, 0.8)]
-)
+@pytest.mark.parametrize(("n", "phi"), [(30, 0.0), (30, 0.5), (30, 0.8), (90, 0.0), (90, 0.5), (90, 0.8), (200, 0.8)])
 @pytest.mark.parametrize("kind", ["geometric", "even"])
 def test_false_alarms_in_long_runs_stay_below_the_rate(kind: str, phi: float, n: int):
     assert_false_alarms(kind, n, phi, series=1000, every=1 if n == 30 else n // 30, correlation=0.0)
