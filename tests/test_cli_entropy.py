@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from spectral_callbacks.cli import main, run
+from spectral_callbacks.cli.init_entropy import first_inputs
 from spectral_callbacks.demo import Classifier, DigitsDataModule
 from spectral_callbacks.metrics.representations.diffusion_entropy import diffusion_entropy
 
@@ -102,14 +104,14 @@ class Weights(pl.Callback):
             self.seen = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
 
-def entropy_of(model: Classifier, layer: str, num_samples: int, sigma: float) -> float:
+def entropy_of(model: Classifier, layer: str, num_samples: int, **kernel: float) -> float:
     data = DigitsDataModule()
     data.setup("fit")
     generator = torch.Generator().manual_seed(0)
     x = torch.stack([data.train_dataloader().dataset[i][0] for i in range(num_samples)])
     with torch.no_grad():
         features = model.net[: int(layer.rpartition(".")[2]) + 1](x)
-    return diffusion_entropy(features, sigma=sigma, generator=generator).value
+    return diffusion_entropy(features, generator=generator, **kernel).value  # pyright: ignore[reportArgumentType]
 
 
 def started(*arguments: str) -> dict[str, Tensor]:
@@ -139,9 +141,11 @@ def test_fit_starts_from_the_checkpoint_as_from_weights_of_its_own_that_were_sca
 
 def test_the_saved_model_has_the_entropy_on_data_of_its_kind(in_empty_folder: Path) -> None:
     """Of other samples than the ones the search saw, with the same number of them."""
-    main(["init-entropy", "--layer=net.1", "--target=4", "--sigma=2.5", "--num_samples=100", "--output=sub/a.ckpt"])
+    kernel = {"sigma": 2.5, "t": 2.0}
+    options = [f"--{name}={value}" for name, value in kernel.items()]
+    main(["init-entropy", "--layer=net.1", "--target=4", *options, "--num_samples=100", "--output=sub/a.ckpt"])
     model = Classifier.load_from_checkpoint("sub/a.ckpt")
-    assert entropy_of(model, "net.1", 100, 2.5) == pytest.approx(4.0, abs=0.15)
+    assert entropy_of(model, "net.1", 100, **kernel) == pytest.approx(4.0, abs=0.3)
 
 
 def test_the_table_and_the_line_to_type_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,9 +184,19 @@ def test_neither_the_callbacks_nor_the_loggers_of_a_config_run(in_empty_folder: 
     assert {value.dtype for value in saved["state_dict"].values()} == {torch.float32}
 
 
+def test_inputs_are_the_first_floating_tensor_of_as_many_batches_as_it_takes() -> None:
+    def batches() -> Iterator[list[Tensor]]:
+        for number in range(3):
+            yield [torch.zeros(4, dtype=torch.int64), torch.full((4, 2), float(number)), torch.ones(4)]
+        raise AssertionError("a batch more than needed")
+
+    inputs = first_inputs(batches(), 10)
+    assert inputs.tolist() == [[float(number // 4)] * 2 for number in range(10)]
+
+
 def test_tokens_of_nested_batches_are_taken_where_no_sample_is_floating(capsys: pytest.CaptureFixture[str]) -> None:
     main(["init-entropy", *OWN])
-    assert "8 samples have at most 3 bits" in capsys.readouterr().out.replace("at most 3\n", "at most 3 bits\n")
+    assert "8 samples have at most 3\n" in capsys.readouterr().out
     assert Tokens.load_from_checkpoint("init.ckpt").batches == "dict"
 
 
@@ -195,6 +209,13 @@ def test_tokens_of_nested_batches_are_taken_where_no_sample_is_floating(capsys: 
             ["--layer=net.3", "--target=4", "--sigma=1e9", "--num_samples=20"],
             r"is reached at no scale between 0\.001 and 1000",
         ),
+        (
+            ["--layer=net.3", "--target=3", "--num_samples=20", "--low=0.5", "--high=1", "--sigma=1e9"],
+            r"is reached at no scale between 0\.5 and 1\.",
+        ),
+        (["--layer=net.3", "--target=3", "--num_samples=20", "--alpha=3"], r"alpha=3\.0 must lie between 0 and 1"),
+        (["--layer=net.3", "--target=3", "--num_samples=20", "--atol=0"], r"atol is 0\.0 bits"),
+        (["--layer=net.3", "--target=3", "--num_samples=20", "--sigma=wide"], "sigma is 'wide'. Choose a fixed width"),
         (["--layer=net.3", "--target=five"], "invalid float value: 'five'"),
         (["--target=5"], "the following arguments are required: --layer"),
         (["--layer=net.3", "--target=1", "--num_samples=20", "--output=/dev/null/a.ckpt"], r"File exists: '/dev/null'"),

@@ -111,6 +111,8 @@ def second_loader(trainer: pl.Trainer, data: str, seed: int) -> DataLoader[Any]:
             f"data={data!r} needs a torch DataLoader over a map-style dataset, and the trainer reads a "
             f"{type(source).__name__}; pass a DataLoader of your own as data=, or use data='fixed'."
         )
+    if not len(loader.dataset):  # pyright: ignore[reportArgumentType]
+        raise ValueError(f"data={data!r}, and the data set that is read there is empty; pass a DataLoader of your own.")
     if loader.batch_size is None:
         raise ValueError(f"data={data!r} needs a loader with a batch_size; pass a DataLoader of your own as data=.")
     generator = torch.Generator().manual_seed(seed)

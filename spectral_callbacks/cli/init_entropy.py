@@ -61,9 +61,14 @@ def init_entropy(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--layer", required=True, help="submodule of the model, such as net.3")
     parser.add_argument("--target", required=True, type=float, metavar="BITS", help="between 0 and log2 num_samples")
-    parser.add_argument("--sigma", default="official", help="width of the kernel: a number, official (10) or sqrt_dim")
+    parser.add_argument(
+        "--sigma", default="official", type=_width, help="width of the kernel: a number, official (10) or sqrt_dim"
+    )
     parser.add_argument("--t", default=1.0, type=float, help="steps of the diffusion (1)")
     parser.add_argument("--alpha", default=0.0, type=float, help="anisotropy of the kernel, 0 to 1 (0)")
+    parser.add_argument("--low", default=1e-3, type=float, help="smallest scale (0.001)")
+    parser.add_argument("--high", default=1e3, type=float, help="largest scale (1000)")
+    parser.add_argument("--atol", default=0.01, type=float, help="accepted distance from the target, in bits (0.01)")
     parser.add_argument("--num_samples", default=500, type=int, help="of the training data (500)")
     parser.add_argument("--output", default="init.ckpt", type=Path, help="checkpoint, overwritten (init.ckpt)")
     chosen, options = parser.parse_known_args(arguments)
@@ -80,15 +85,18 @@ def init_entropy(arguments: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", "GPU available but not used")  # a search needs no gradient, and no GPU
     cli = run(["fit", *options, *_NO_STEP], save_config=False)
     try:
-        inputs = _first_inputs(cli.trainer.train_dataloader, chosen.num_samples)
+        inputs = first_inputs(cli.trainer.train_dataloader, chosen.num_samples)
         found = scale_to_entropy_(
             cli.model,
             inputs,
             layer=chosen.layer,
             target=chosen.target,
-            sigma=_width(chosen.sigma),
+            sigma=chosen.sigma,
             t=chosen.t,
             alpha=chosen.alpha,
+            low=chosen.low,
+            high=chosen.high,
+            atol=chosen.atol,
             generator=torch.Generator().manual_seed(0),
         )
         cli.trainer.save_checkpoint(chosen.output)
@@ -103,8 +111,12 @@ def init_entropy(arguments: Sequence[str]) -> None:
     print(f"Train from it:  {shlex.join(['spectral-callbacks', 'fit', *options, '--ckpt_path', str(chosen.output)])}")
 
 
-def _first_inputs(loader: Iterable[Any] | None, num_samples: int) -> Tensor:  # (n, ...)
-    """Return the first floating tensor, or without one the first tensor, of the first batches."""
+def first_inputs(loader: Iterable[Any] | None, num_samples: int) -> Tensor:  # (n, ...)
+    """Return the first floating tensor, or without one the first tensor, of as many batches as it takes.
+
+    Raises:
+        ValueError: If there is none, or samples of two batches have different shapes.
+    """
     import torch
 
     from spectral_callbacks.probe.batches import tensors_of
@@ -128,7 +140,7 @@ def _first_inputs(loader: Iterable[Any] | None, num_samples: int) -> Tensor:  # 
     return torch.cat(inputs)[:num_samples]
 
 
-def _width(sigma: str) -> Any:
+def _width(sigma: str) -> float | str:
     try:
         return float(sigma)
     except ValueError:

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from spectral_callbacks.init.scale_search import Look, UnreachedError, search_scale
 from spectral_callbacks.metrics.representations.diffusion_entropy import diffusion_entropy
 
+_NAMED_WIDTHS = ("official", "sqrt_dim")  # that do not follow the scale of the features
 _MULTIDIMENSIONAL_NORMS = (nn.LayerNorm, nn.RMSNorm)  # the norm layers whose gain may have two or more dimensions
 
 
@@ -110,10 +111,13 @@ def scale_to_entropy_(
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     num_samples = _num_samples(arguments)
     bits = math.log2(min(num_samples, max_samples))
-    if sigma == "median":
+    if isinstance(sigma, str) and sigma not in _NAMED_WIDTHS:
+        follows = (
+            ", which follows the scale of the features, so that their entropy is the same at every scale of the weights"
+        )
         raise ValueError(
-            "sigma is 'median', which follows the scale of the features, so that their entropy is the same at every "
-            "scale of the weights. Choose a fixed width: a number, 'official' (10) or 'sqrt_dim'."
+            f"sigma is {sigma!r}{follows if sigma == 'median' else ''}. Choose a fixed width: a number, 'official' "
+            "(10) or 'sqrt_dim'."
         )
     if not 0 < target < bits:
         raise ValueError(

@@ -30,7 +30,7 @@ def effective_rank_of_eigenvalues(
     """Return exp(-Σ p_i ln p_i), p_i = λ_i/Σ λ: how many directions share the variance.
 
     Of the eigenvalues of the covariance, not of singular values, their roots, which count the tail far more (Roy and
-    Vetterli 2007 take those). From 1 to the number of eigenvalues, so at most N - 1 for the covariance of N gradients,
+    Vetterli 2007 take those). From 1 to the number of eigenvalues, so at most N - 1 for the covariance of N samples,
     and near that for a flat spectrum in n ≫ N dimensions, whatever n: compare at equal N only.
 
     Args:

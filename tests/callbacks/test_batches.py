@@ -425,13 +425,15 @@ def test_drawing_from_the_validation_set_leaves_the_run_as_it_is() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (Regression(), "data='val', and nothing validates in this run; use data='train'"),
+        (Validated(loader(0)), "data='val', and the data set that is read there is empty"),
         (Validated(loader(), loader()), "data='val' needs a torch DataLoader over a map-style dataset.*reads a list"),
     ],
-    ids=["none", "two"],
+    ids=["none", "empty", "two"],
 )
 def test_a_run_without_one_validation_loader_is_reported_once(module: Regression, message: str) -> None:
     callback = Noting(every_n_steps=1, data="val")

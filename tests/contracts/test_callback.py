@@ -46,11 +46,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "HessianSpectrum": {"num_eigenvalues": 2, "num_steps": 2, "num_probes": 1, "rtol": 0.1, "max_matvecs": 6},
     "OptimizerState": {"per_layer": True},
     "FactorImbalance": {"pairs": ["*:*"]},
-    "RepresentationGeometry": {
-        "layers": ["*"],
-        "metrics": ["effective_rank", "cka_previous"],
-    },
-    "DiffusionEntropy": {"layers": ["*"], "num_classes": 2},
+    # Some layers of every net here; ten samples are a batch and a part of the next.
+    "RepresentationGeometry": {"layers": ["*[1r]"], "num_samples": 10, "metrics": ["effective_rank", "cka_next"]},
+    "DiffusionEntropy": {"layers": ["*[1r]"], "num_samples": 10, "num_classes": 2, "num_repetitions": 2},
     "GradientCovariance": {"num_eigenvalues": 2, "hessian": True, "per_layer": True, "rtol": 0.1, "max_matvecs": 6},
 }
 # What has no default.
@@ -100,15 +98,32 @@ def ours(tag: str) -> bool:
     return "/" in tag
 
 
+def shuffled_images() -> DataLoader[Any]:
+    return images(shuffle=True)
+
+
+PLAIN: dict[Any, Record] = {}
+
+
+def plainly(
+    tmp_path: Path, make_module: Callable[[], pl.LightningModule], make_data: Callable[[], Any], **options: Any
+) -> Record:
+    """Return the record of a run without any callback, made once for all that compare with it."""
+    key = make_module, make_data, tuple(sorted(options.items()))
+    if key not in PLAIN:
+        PLAIN[key] = record(tmp_path, make_module, make_data, **options)
+    return PLAIN[key]
+
+
 def assert_undisturbed(
     tmp_path: Path,
     callback: SpectralCallback,
     make_module: Callable[[], pl.LightningModule] | None = None,
-    make_data: Callable[[], Any] = lambda: images(shuffle=True),
+    make_data: Callable[[], Any] = shuffled_images,
     **options: Any,
 ) -> None:
     make_module = make_module or network_for(callback)
-    plain = record(tmp_path, make_module, make_data, **options)
+    plain = plainly(tmp_path, make_module, make_data, **options)
     measured = record(tmp_path, make_module, make_data, [callback], own_tags=ours, **options)
     assert plain.differences(measured) == set()
     assert [entry for entry in callback.history if len(entry) > 2], "nothing was measured"
@@ -201,7 +216,7 @@ def test_training_is_bit_identical_with_an_adaptive_optimizer(tmp_path: Path, ma
 
 def test_training_is_bit_identical_with_two_of_them(tmp_path: Path, make: Make) -> None:
     callbacks = [make(every_n_steps=2), make(every_n_steps=3, mode="eval", name="second")]
-    plain = record(tmp_path, network_for(callbacks[0]), images)
+    plain = plainly(tmp_path, network_for(callbacks[0]), images)
     measured = record(tmp_path, network_for(callbacks[0]), images, callbacks, own_tags=ours)
     assert plain.differences(measured) == set()
     assert all(callback.history for callback in callbacks)
@@ -271,7 +286,7 @@ def test_training_is_bit_identical_on_the_models_of_lightnings_demos(tmp_path: P
         assert_undisturbed(tmp_path, callback, make_module, make_data, **limits)
         return
     callback = make(every_n_steps=1, **options)
-    plain = record(tmp_path, make_module, make_data, **limits)
+    plain = plainly(tmp_path, make_module, make_data, **limits)
     with pytest.warns(UserWarning, match=reason):
         measured = record(tmp_path, make_module, make_data, [callback], own_tags=ours, **limits)
     assert plain.differences(measured) == set()

@@ -107,9 +107,10 @@ def test_the_learning_rate_grows_linearly_and_stays(warmup_steps: int, expected:
     assert {"train/loss", "val/loss"} <= set(trainer.callback_metrics)
 
 
-def test_only_matrices_decay() -> None:
+def test_only_matrices_decay_and_the_second_moment_forgets_soon() -> None:
     model = tiny()
     optimizer: Any = model.configure_optimizers()
+    assert {group["betas"] for group in optimizer["optimizer"].param_groups} == {(0.9, 0.95)}
     decay = {id(p): group["weight_decay"] for group in optimizer["optimizer"].param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
         name: 0.1 if p.ndim == 2 else 0.0 for name, p in model.named_parameters()

@@ -279,6 +279,20 @@ def test_a_gain_of_two_dimensions_and_a_frozen_weight_stay(generator: torch.Gene
     assert moved == {"4.weight"}
 
 
+def test_a_layer_is_found_under_each_of_its_names(generator: torch.Generator) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.again = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x)
+
+    x = torch.randn(N, 6, generator=generator)
+    found = scale_to_entropy_(Named(), x, layer="again", target=3.0, sigma=1.0, generator=generator)
+    assert found.entropy == pytest.approx(3.0, abs=TOLERANCE)
+
+
 def test_a_module_of_several_inputs_takes_a_tuple(generator: torch.Generator) -> None:
     net, x = nn.Bilinear(4, 3, 5), torch.randn(N, 4, generator=generator)
     found = scale_to_entropy_(net, (x, x[:, :3]), layer="", target=2.0, sigma=1.0, generator=generator)
@@ -296,7 +310,8 @@ def test_tokens_are_inputs_too_and_an_embedding_is_a_weight(generator: torch.Gen
 @pytest.mark.parametrize(
     ("layer", "settings", "message"),
     [
-        ("3", {"sigma": "median"}, "sigma is 'median', which follows the scale"),
+        ("3", {"sigma": "median"}, r"sigma is 'median', which follows the scale .*: a number, 'official' \(10\) or"),
+        ("3", {"sigma": "wide"}, r"sigma is 'wide'\. Choose a fixed width: a number, 'official' \(10\) or 'sqrt_dim'"),
         ("3", {"target": 0.0}, r"target is 0\.0 bits, and must lie between 0 and log2 n = 5\.907"),
         ("3", {"target": 5.91}, r"target is 5\.91 bits, and must lie between 0 and log2 n = 5\.907"),
         ("3", {"target": math.nan}, "target is nan bits"),

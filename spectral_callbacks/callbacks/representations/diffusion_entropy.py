@@ -19,7 +19,7 @@ from spectral_callbacks.callbacks.representations.representation import Represen
 from spectral_callbacks.linalg import Status
 from spectral_callbacks.metrics import diffusion_entropy, diffusion_mutual_information, kernel_width, label_groups
 from spectral_callbacks.metrics.representations.diffusion_kernel import Sigma
-from spectral_callbacks.probe import Layer, Probe, num_samples, tensors_of
+from spectral_callbacks.probe import Layer, Probe, tensors_of
 from spectral_callbacks.tags import Chart
 
 Target = Literal["label", "input"]
@@ -61,7 +61,8 @@ class DiffusionEntropy(RepresentationCallback):
         labels: Integers are classes, floating-point numbers are cut into `num_classes` bins, vectors are clustered: key
             or index of the batch, or a function batch -> (N, ...), or its dotted path. By default the second entry of a
             batch, or the one called "labels" of a mapping.
-        inputs: What "input" is, in the same way; by default the first floating-point tensor of a batch.
+        inputs: What "input" is, in the same way; by default the first floating-point tensor of a batch, which must not
+            be its labels.
         num_classes: Bins of continuous labels, and clusters of vectors and inputs.
         sigma: Width of the kernel: "median", that of all distances between the samples; a number; "sqrt_dim"; or
             "official", 10.
@@ -71,7 +72,7 @@ class DiffusionEntropy(RepresentationCallback):
         mask: Which positions of a sequence are real: key or index of the batch, or a function batch -> (N, T), or its
             dotted path; by default "attention_mask" in batches that are mappings and have it.
         feature_dim: Dimension of the features in what a layer returns, where it is not the usual one.
-        batch_dim: Dimension of the samples there.
+        batch_dim: Dimension of the samples in outputs of three dimensions or more.
         **options: Those of `SpectralCallback`; `data` is "train" and `mode` "eval" unless given. The loss is run to run
             the layers, so `loss` may be any function that does.
 
@@ -116,9 +117,10 @@ class DiffusionEntropy(RepresentationCallback):
         two = torch.tensor([[0.0], [1.0]])
         diffusion_entropy(two, sigma=sigma, t=t, alpha=alpha, generator=torch.Generator())  # refuses what it must
         self._targets = tuple(targets)
+        default_input = _first_floating_but_labels if labels is None else _first_floating
         self._entries: dict[Target, Callable[[Any], Any]] = {
             "label": _usual_labels if labels is None else BatchEntry(labels, "labels", "(N, ...)"),
-            "input": _first_floating if inputs is None else BatchEntry(inputs, "inputs", "(N, ...)"),
+            "input": default_input if inputs is None else BatchEntry(inputs, "inputs", "(N, ...)"),
         }
         self._num_classes = num_classes
         self._sigma: Sigma = sigma
@@ -148,8 +150,10 @@ class DiffusionEntropy(RepresentationCallback):
     def measure(self, probe: Probe) -> Mapping[str, Reading]:
         """Return entropy and information of the layers' features."""
         found = Findings(counts_products=False)
-        features = self._collect(probe, found)
-        groups: dict[Target, Tensor | None] = {target: self._groups_of(target, probe) for target in self._targets}
+        features, sizes = self._collect(probe, found)
+        groups: dict[Target, Tensor | None] = {
+            target: self._groups_of(target, probe, sizes) for target in self._targets
+        }
         for layer, rows in features.items():
             tag = self._tags[layer.name]
             if not rows.isfinite().all():
@@ -158,32 +162,37 @@ class DiffusionEntropy(RepresentationCallback):
             self._attempt(f"dse/{tag}", lambda tag=tag, rows=rows: self._look_at(tag, rows, groups, found))
         return found.concluded("entropy", self.say)
 
-    def _collect(self, probe: Probe, found: Findings) -> dict[Layer, Tensor]:
-        """Return the features of each layer."""
+    def _collect(self, probe: Probe, found: Findings) -> tuple[dict[Layer, Tensor], list[int]]:
+        """Return the features of each layer, and the size of each batch that they are of."""
         collected: dict[Layer, list[Tensor]] = {}
-        for _, features in self._batches(probe):
+        sizes: list[int] = []
+        for size, features in self._batches(probe):
+            sizes.append(size)
             for layer, rows in features.items():
                 collected.setdefault(layer, []).append(rows)
-        found.readings["entropy/num_samples"] = float(min(probe.num_samples, self._num_samples))
-        return {layer: torch.cat(rows) for layer, rows in collected.items() if layer in self._layers}
+        found.readings["entropy/num_samples"] = float(min(sum(sizes), self._num_samples))
+        return {layer: torch.cat(rows) for layer, rows in collected.items() if layer in self._layers}, sizes
 
-    def _groups_of(self, target: Target, probe: Probe) -> Tensor | None:  # (N,)
+    def _groups_of(self, target: Target, probe: Probe, sizes: Sequence[int]) -> Tensor | None:  # (N,)
         """Return which group each sample is in; of samples that stay the same, found once."""
         if target in self._groups:
             return self._groups[target]
-        groups = self._attempt(f"dsmi_{target}", lambda: self._find_groups(target, probe))
+        groups = self._attempt(f"dsmi_{target}", lambda: self._find_groups(target, probe, sizes))
         if groups is not None and self.data != "current":
             self._groups[target] = groups
         return groups
 
-    def _find_groups(self, target: Target, probe: Probe) -> Tensor:  # (N,)
-        found = [self._checked(target, frozen.batch) for frozen in probe.batches]
+    def _find_groups(self, target: Target, probe: Probe, sizes: Sequence[int]) -> Tensor:  # (N,)
+        batches = probe.batches[: len(sizes)]  # that are looked at
+        found = [self._checked(target, frozen.batch, size) for frozen, size in zip(batches, sizes, strict=True)]
+        if len({entry.shape[1:] for entry in found}) > 1:
+            raise ValueError(f"the {target}s of the batches have several shapes; pad them, or pass a function of them.")
         return label_groups(
             torch.cat(found)[: self._num_samples], num_classes=self._num_classes, generator=self._randomness()
         )
 
-    def _checked(self, target: Target, batch: Any) -> Tensor:  # (N, ...)
-        entry, size = self._entries[target](batch), num_samples(batch)
+    def _checked(self, target: Target, batch: Any, size: int) -> Tensor:  # (N, ...)
+        entry = self._entries[target](batch)
         if isinstance(entry, (list, tuple)) and all(isinstance(label, (int, float)) for label in entry):
             entry = torch.tensor(entry)
         if not isinstance(entry, Tensor) or not entry.ndim or len(entry) != size:
@@ -194,7 +203,7 @@ class DiffusionEntropy(RepresentationCallback):
     def _look_at(self, tag: str, rows: Tensor, groups: Mapping[Target, Tensor | None], found: Findings) -> None:
         """Find entropy and information of one layer."""
         sigma = kernel_width(rows, self._sigma)
-        walk: dict[str, Any] = {"sigma": sigma, "t": self._t, "alpha": self._alpha}
+        walk: dict[str, Any] = {"sigma": sigma, "t": self._t, "alpha": self._alpha, "max_samples": len(rows)}
         entropy = diffusion_entropy(rows, **walk, generator=self._randomness())
         found.add_estimate("entropy/dse", entropy, tag)
         found.readings[f"entropy/sigma/{tag}"] = sigma
@@ -218,11 +227,29 @@ class DiffusionEntropy(RepresentationCallback):
 
 
 def _usual_labels(batch: Any) -> Any:
-    return BatchEntry("labels" if isinstance(batch, Mapping) else 1, "labels", "(N, ...)")(batch)
+    labels = BatchEntry("labels" if isinstance(batch, Mapping) else 1, "labels", "(N, ...)")(batch)
+    if isinstance(labels, Tensor) and labels.ndim > 1 and labels[:1].numel() > 1 and not labels.is_floating_point():
+        raise ValueError(
+            f"the labels are integers of the shape {tuple(labels.shape)}, such as tokens, and no class each; pass a "
+            "function (batch) -> (N,) as labels=, or leave that target out."
+        )
+    return labels
 
 
 def _first_floating(batch: Any) -> Tensor:
     found = next((t for t in tensors_of(batch) if t.is_floating_point() and t.ndim), None)
     if found is None:
         raise ValueError("the batch holds no floating-point tensor, and inputs= is None; pass inputs= or no target.")
+    return found
+
+
+def _first_floating_but_labels(batch: Any) -> Tensor:
+    found = _first_floating(batch)
+    beside: Any = batch
+    if isinstance(batch, Mapping):
+        beside = [value for key, value in batch.items() if key != "labels"]
+    elif isinstance(batch, (list, tuple)):
+        beside = [*batch[:1], *batch[2:]]
+    if not any(found is tensor for tensor in tensors_of(beside)):
+        raise ValueError("the first floating-point tensor of the batch is where labels are; pass inputs=, or labels=.")
     return found

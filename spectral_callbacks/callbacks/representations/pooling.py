@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -39,7 +39,7 @@ class Pooling:
             it has one; all are real otherwise.
         feature_dim: Dimension of features in a layer's output. By default dimension 1 behind convolutions, their
             norms and poolings, and where there are 4 dimensions or more, (N, C, H, W); else the last, (N, T, d).
-        batch_dim: Dimension of samples: 1 for sequences of the shape (T, N, d).
+        batch_dim: Dimension of samples in outputs of three dimensions or more: 1 for sequences of the shape (T, N, d).
 
     Raises:
         ValueError: If there is no such pooling, or the mask is none of these.
@@ -83,12 +83,13 @@ class Pooling:
         """
         if not output.is_floating_point():
             raise ValueError(f"layer {layer.name!r} returned {output.dtype}, and features are floating-point numbers.")
-        if output.ndim < 2 or not -output.ndim <= self._batch_dim < output.ndim:
+        if output.ndim < 2 or (output.ndim > 2 and not -output.ndim <= self._batch_dim < output.ndim):
             raise ValueError(
                 f"layer {layer.name!r} returned the shape {tuple(output.shape)}, and features are (N, d) or more, with "
                 f"samples along dimension batch_dim={self._batch_dim}; name a layer that returns them."
             )
-        output = output.movedim(self._batch_dim, 0)
+        if output.ndim > 2:  # a head behind (T, N, d) returns (N, d)
+            output = output.movedim(self._batch_dim, 0)
         if self._batch_dim == 0 and len(output) != num_samples(batch):
             raise ValueError(
                 f"layer {layer.name!r} returned {len(output)} entries along dimension batch_dim=0 for a batch of "
@@ -105,8 +106,20 @@ class Pooling:
                 f"layer {layer.name!r} returned the shape {tuple(output.shape)}, no sequence (N, T, d), and "
                 f'pooling={self._kind!r} takes one of its positions; pass pooling="mean" or "flatten".'
             )
-        is_sequence = output.ndim == 3 and dim == 2
-        return self._pooled(positions, self._mask_of(layer, batch, positions) if is_sequence else None)
+        return self._pooled(positions, self._mask_of(layer, batch, positions) if output.ndim == 3 else None)
+
+    def num_samples(self, batch: Any, outputs: Iterable[Tensor]) -> int:
+        """Return how many samples a batch has; where a batch may begin with time steps, the outputs tell.
+
+        Args:
+            batch: What the network was given.
+            outputs: What layers returned.
+        """
+        if self._batch_dim != 0:
+            for output in outputs:
+                if output.ndim > 2 and -output.ndim <= self._batch_dim < output.ndim:
+                    return output.shape[self._batch_dim]
+        return num_samples(batch)
 
     def _feature_dim_of(self, layer: Layer, output: Tensor) -> int:
         dim = self._feature_dim

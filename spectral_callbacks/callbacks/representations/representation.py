@@ -14,7 +14,7 @@ from spectral_callbacks.callbacks.base import SpectralCallback
 from spectral_callbacks.callbacks.batch_entries import EntrySource
 from spectral_callbacks.callbacks.layers import layer_tags
 from spectral_callbacks.callbacks.representations.pooling import Pooling, PoolingKind
-from spectral_callbacks.probe import Layer, Probe, activations, find_layers, num_samples
+from spectral_callbacks.probe import Layer, Probe, activations, find_layers
 
 
 class RepresentationCallback(SpectralCallback, abc.ABC):
@@ -33,7 +33,7 @@ class RepresentationCallback(SpectralCallback, abc.ABC):
         mask: Which positions of a sequence are real: key or index of the batch, or a function batch -> (N, T), or its
             dotted path; by default "attention_mask" in batches that are mappings and have it.
         feature_dim: Dimension of the features in what a layer returns, where it is not the usual one.
-        batch_dim: Dimension of the samples there.
+        batch_dim: Dimension of the samples in outputs of three dimensions or more.
         **options: Those of `SpectralCallback`; `data` is "train" and `mode` "eval" unless given.
     """
 
@@ -72,24 +72,28 @@ class RepresentationCallback(SpectralCallback, abc.ABC):
         """Try again what failed."""
         self._attempt.forget()
 
-    def _batches(self, probe: Probe) -> Iterator[tuple[Any, dict[Layer, Tensor]]]:
-        """Yield each batch with the features of its samples in each layer, (rows, d), until there are `num_samples`.
+    def _batches(self, probe: Probe) -> Iterator[tuple[int, dict[Layer, Tensor]]]:
+        """Yield each batch's size with the features of its samples in each layer, (rows, d), up to `num_samples`.
 
         Raises:
             ValueError: If a layer that was chosen by name gives none, or no layer is left.
         """
         room = self._num_samples
+        widths: dict[Layer, int] = {}
         for frozen, found in activations(probe, self._layers, seed=self.seed, left_out=self._leave_out):
+            size = self._pooling.num_samples(frozen.batch, found.values())
             features: dict[Layer, Tensor] = {}
             for layer, output in found.items():
                 try:
-                    features[layer] = self._pooling(layer, output, frozen.batch, at_most=room)
+                    rows = self._pooling(layer, output, frozen.batch, at_most=room)
+                    _check_width(layer, rows.shape[1], widths.setdefault(layer, rows.shape[1]))
+                    features[layer] = rows
                 except ValueError as error:
                     if layer.is_chosen:
                         raise
                     self._leave_out(layer, str(error))
-            yield frozen.batch, {layer: rows for layer, rows in features.items() if layer in self._layers}
-            room -= num_samples(frozen.batch)
+            yield size, {layer: rows for layer, rows in features.items() if layer in self._layers}
+            room -= size
             if room <= 0:
                 return
 
@@ -101,3 +105,11 @@ class RepresentationCallback(SpectralCallback, abc.ABC):
         self.say(f"a layer that a pattern met is left out: {reason}")
         if not self._layers:
             raise ValueError(f"layers={list(self._patterns)} met no layer that returns features; name one.")
+
+
+def _check_width(layer: Layer, width: int, before: int) -> None:
+    if width != before:
+        raise ValueError(
+            f"layer {layer.name!r} has {before} features in one batch and {width} in another; pass "
+            'pooling="mean", pad the samples to one size, or name another layer.'
+        )

@@ -27,7 +27,6 @@ from spectral_callbacks.metrics.representations.ranks import RANKS
 from spectral_callbacks.metrics.representations.row_sample import RowSample
 from spectral_callbacks.metrics.representations.spectrum import FeatureSpectrum
 from spectral_callbacks.probe import Layer, Probe
-from spectral_callbacks.probe import num_samples as samples_in
 from spectral_callbacks.tags import Chart
 
 _NUM_KEPT = 1024  # samples for what is found from pairs of them, and for the projector
@@ -95,7 +94,7 @@ class RepresentationGeometry(RepresentationCallback):
         mask: Which positions of a sequence are real: key or index of the batch, or a function batch -> (N, T), or its
             dotted path; by default "attention_mask" in batches that are mappings and have it.
         feature_dim: Dimension of the features in what a layer returns, where it is not the usual one.
-        batch_dim: Dimension of the samples there.
+        batch_dim: Dimension of the samples in outputs of three dimensions or more.
         false_alarm_rate: Of the phases, in a whole run.
         projector: Whether the samples are written for TensorBoard's projector, `representation/embedding/<layer>`, at
             every measurement: at most 1,024 of them.
@@ -184,17 +183,21 @@ class RepresentationGeometry(RepresentationCallback):
         """Return the geometry of the layers' features."""
         found = Findings(counts_products=False)
         features = self._collect(probe, found)
-        kept = [(layer, moments.rows()) for layer, moments in features.items()]
+        kept = {layer: moments.rows() for layer, moments in features.items()}
+        following = dict(itertools.pairwise(self._layers))
         words = self._words(probe, self._labels) if self._projector and self._labels is not None else []
-        for (layer, rows), after in itertools.zip_longest(kept, kept[1:]):
+        for layer, rows in kept.items():
+            after = following.get(layer)
             spectrum = self._attempt(f"the geometry of {layer.name}", features[layer].spectrum)
             if spectrum is not None:
                 self._look_at(layer, spectrum, found)
-                self._compare(layer, rows, None if after is None else after[1], found)
+                self._compare(layer, rows, None if after is None else kept.get(after), found)
             if self._projector:
                 found.readings[f"representation/embedding/{self._tags[layer.name]}"] = Embedding(rows, words)
-        if "cka_previous" in self._metrics:
-            self._earlier = {layer.name: rows for layer, rows in kept}
+        if "cka_previous" in self._metrics and self.data == "current":
+            self.say("cka_previous left out: data='current' has other samples each time; pass data='train'.")
+        elif "cka_previous" in self._metrics:
+            self._earlier = {layer.name: rows for layer, rows in kept.items()}
         self._follow(probe.step, found)
         return found.concluded("representation", self.say)
 
@@ -203,8 +206,8 @@ class RepresentationGeometry(RepresentationCallback):
         moments: dict[Layer, FeatureMoments] = {}
         broken: set[Layer] = set()
         num_samples = 0
-        for batch, features in self._batches(probe):
-            num_samples += min(samples_in(batch), self._num_samples - num_samples)
+        for size, features in self._batches(probe):
+            num_samples += min(size, self._num_samples - num_samples)
             for layer, rows in features.items():
                 if not rows.isfinite().all():
                     broken.add(layer)
@@ -246,7 +249,7 @@ class RepresentationGeometry(RepresentationCallback):
         earlier = self._earlier.get(layer.name)
         comparisons: dict[str, Callable[[], Estimate] | None] = {
             "intrinsic_dimension": lambda: self._dimension(tag, rows),
-            "cka_previous": None if earlier is None or len(earlier) != len(rows) else lambda: cka(earlier, rows),
+            "cka_previous": None if earlier is None else lambda: cka(earlier, rows),
             "cka_next": None if after is None or len(after) != len(rows) else lambda: cka(rows, after),
         }
         for name in self._metrics:

@@ -55,7 +55,8 @@ def diffusion_entropy(
             should exceed 0.01.
         alpha: Exponent of the density, see `diffusion_kernel`.
         max_samples: Of more, so many are drawn; the same ones from a generator with the same seed.
-        stochastic: Whether to draw vectors instead of computing all eigenvalues; None does from 10,000 samples on.
+        stochastic: Whether to draw vectors instead of computing all eigenvalues, for t of at least 1; None does from
+            10,000 samples on.
         eigenvalue_dtype: Of the eigenvalues, or of the products with K: float64 or float32.
         generator: Source of the draw of samples, and of random vectors, on the CPU.
 
@@ -72,9 +73,15 @@ def diffusion_entropy(
         3.0
     """
     check_walk(t, eigenvalue_dtype)
+    is_long = min(len(features), max_samples) >= _STOCHASTIC_FROM
+    if (is_long if stochastic is None else stochastic) and t < 1:
+        raise ValueError(
+            f"t={t} below 1 lifts the smallest eigenvalues, which random vectors do not resolve; pass "
+            "stochastic=False, with max_samples=5000 for its cost, or t of at least 1."
+        )
     features = features[drawn(len(features), max_samples, generator)] if len(features) > max_samples else features
     squared, width = distances(checked_features(features), sigma)
-    if len(squared) >= _STOCHASTIC_FROM if stochastic is None else stochastic:
+    if is_long if stochastic is None else stochastic:
         kernel, degrees = kernel_of(squared, width, alpha)
         return quadrature_entropy(kernel.to(eigenvalue_dtype), degrees, t=t, generator=generator)
     return kernel_entropy(squared, width, t=t, alpha=alpha, dtype=eigenvalue_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +12,7 @@ from spectral_callbacks.metrics.representations.row_sample import RowSample
 from spectral_callbacks.metrics.representations.spectrum import CovarianceSide, FeatureSpectrum, GramSide
 
 _BLOCK = 1024  # rows or columns that are widened to float64 at a time
+_FOURTH = 1e-280, 1e280  # with room for sums and products with numbers of samples
 _SEED = 0x5EED  # of the rows that the errors of one-shot features come from
 
 
@@ -83,7 +85,8 @@ class FeatureMoments:
         """Return the spectrum of the rows seen so far; it decomposes itself when used, in some min(n, d)³ operations.
 
         Raises:
-            ValueError: If there are fewer than two samples, or all are the same.
+            ValueError: If there are fewer than two samples, or all are the same, or differ by more than 1e70 or less
+                than 1e-70.
         """
         if self._num_samples < 2:
             raise ValueError(
@@ -102,6 +105,11 @@ class FeatureMoments:
             raise ValueError(
                 f"the features are constant: all {self._num_samples} samples have the same; the layer may be dead, or "
                 "collapsed."
+            )
+        if not _FOURTH[0] < fourth < _FOURTH[1]:
+            raise ValueError(
+                f"the features deviate by {math.sqrt(variance):.1g} from their mean; fourth powers of that do not fit "
+                "into float64; divide all by the largest."
             )
         return FeatureSpectrum(side, self._num_samples, self._num_features, fourth)
 

@@ -84,9 +84,9 @@ class PhaseDetector:
     does in small language models, the phase is reported once both have turned, and dated to the turn of the
     effective rank.
 
-    The rate holds for a run that is one level or one line with noise: P(any alarm, ever) is at most `false_alarm_rate`,
-    on the average over autocorrelations of 0 to 0.8. After a true turn, it holds anew for each line. Noise near
-    a random walk cannot be told from turns: at an autocorrelation of 0.95, up to 60 % of runs raise an alarm.
+    The rate holds for one level or one line with Gaussian noise: P(any alarm, ever) is at most `false_alarm_rate`, on
+    the average over autocorrelations of 0 to 0.8; after a true turn, anew for each line. Neither a random walk nor a
+    jump can be told from turns: at 0.95, up to 60 % of runs raise an alarm, and one measurement far off may raise two.
 
     Measure at geometric steps, about ten a decade, or the dip of the warm-up is missed; an even cadence is valid as
     well. An update costs 2 to 3 milliseconds at a few hundred measurements.

@@ -182,8 +182,9 @@ def unbiased_participation_ratio(
         features: One row a sample.
 
     Returns:
-        Value, and an error that contains the estimated bias of the ratio. Costs one decomposition of the smaller side.
-        NaN where tr(Σ²) is not estimated positive.
+        Value, and an error that contains the estimated bias of the ratio; below about 100 samples, and where the
+        spectrum falls, it is up to a third too small. Costs one decomposition of the smaller side. NaN where tr(Σ²) is
+        not estimated positive.
 
     Raises:
         ValueError: If they are no matrix, not finite or constant, or less than 4 samples.

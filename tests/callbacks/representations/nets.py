@@ -45,7 +45,7 @@ class Recurrent(Convolutional):
 
 
 class Transformer(Convolutional):
-    layers = ("body", "body.layers.*", "head")
+    layers = ("body", "body.layers.0*", "head")
 
     def __init__(self) -> None:
         super().__init__()

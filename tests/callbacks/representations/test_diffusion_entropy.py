@@ -67,7 +67,7 @@ def test_the_numbers_are_those_of_the_features() -> None:
 
 def test_information_is_that_with_the_labels_and_with_clusters_of_the_inputs() -> None:
     data = labelled(60)
-    callback = entropy("same", num_samples=60, seed=3)
+    callback = entropy("same", num_samples=60, seed=3, num_repetitions=3)
     fit(Still(), callback, data=data)
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -80,9 +80,10 @@ def test_information_is_that_with_the_labels_and_with_clusters_of_the_inputs() -
     fit(Still(), Noting(["same"], num_samples=60, seed=3, num_classes=3, every_n_steps=2), data=data)
     x, y = seen[0][0].flatten(1), seen[0][1]
     generator = torch.Generator().manual_seed(3)
-    label = diffusion_mutual_information(x, y, generator=generator)
+    label = diffusion_mutual_information(x, y, num_repetitions=3, generator=generator)
     groups = label_groups(seen[0][0], num_classes=3, generator=torch.Generator().manual_seed(3))
-    around = diffusion_mutual_information(x, groups, generator=torch.Generator().manual_seed(3))
+    generator.manual_seed(3)
+    around = diffusion_mutual_information(x, groups, num_repetitions=3, generator=generator)
     for name, truth in (("label", label), ("input", around)):
         assert callback.history[0][f"entropy/dsmi_{name}/same"] == pytest.approx(truth.value, abs=1e-9)
         assert callback.history[0][f"entropy/dsmi_{name}_error/same"] == pytest.approx(truth.error, abs=1e-9)
@@ -202,6 +203,24 @@ def test_labels_that_tell_nothing_leave_the_information_out_and_say_so_once(labe
     assert not any("dsmi" in tag for entry in callback.history for tag in entry)
 
 
+def test_tokens_are_no_labels_unless_they_are_named() -> None:
+    x = torch.randn(36, 1, 6, 6, generator=seeded())
+    tokens = torch.randint(9, (36, 4), generator=seeded())
+
+    class Alone(Still):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0]).square().mean()
+
+    data = DataLoader(TensorDataset(x, tokens), batch_size=36)
+    callback = entropy("same", targets=["label"])
+    with pytest.warns(UserWarning, match=r"integers of the shape \(36, 4\), such as tokens"):
+        fit(Alone(), callback, data=data)
+    assert not any("dsmi" in tag for tag in callback.history[0])
+    callback = entropy("same", targets=["label"], labels=1)
+    fit(Alone(), callback, data=data)
+    assert "entropy/dsmi_label/same" in callback.history[0]
+
+
 def test_inputs_that_are_no_numbers_have_to_be_named() -> None:
     class Words(Convolutional):
         def __init__(self) -> None:
@@ -219,6 +238,47 @@ def test_inputs_that_are_no_numbers_have_to_be_named() -> None:
     callback = entropy("embedding", targets=["input"], inputs=lambda batch: batch[0].float())
     fit(Words(), callback, data=data)
     assert "entropy/dsmi_input/embedding" in callback.history[0]
+
+
+def test_labels_are_not_taken_for_inputs() -> None:
+    class Words(Convolutional):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return (self.head(self.embedding(batch[0]).mean(1))[:, 0] - batch[1]).square().mean()
+
+    words = torch.randint(5, (40, 6), generator=seeded())
+    data = DataLoader(TensorDataset(words, words.float().mean(1)), batch_size=10)
+    callback = entropy("embedding")
+    with pytest.warns(UserWarning, match=r"dsmi_input left out: the first floating-point tensor of the batch is where"):
+        fit(Words(), callback, data=data)
+    assert "entropy/dsmi_label/embedding" in callback.history[0]
+    assert "entropy/dsmi_input/embedding" not in callback.history[0]
+
+
+def test_inputs_of_several_shapes_leave_the_entropy_as_it_is() -> None:
+    callback = entropy("same", inputs=lambda batch: batch[0].flatten(1)[:, : len(batch[0])])
+    with pytest.warns(UserWarning, match="dsmi_input left out: the inputs of the batches have several shapes"):
+        fit(Still(), callback, data=labelled(30))
+    assert {"entropy/dse/same", "entropy/dsmi_label/same"} <= set(callback.history[0])
+
+
+def test_all_samples_that_were_asked_for_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+    module = "spectral_callbacks.callbacks.representations.diffusion_entropy"
+    for name, function in {"entropy": diffusion_entropy, "mutual_information": diffusion_mutual_information}.items():
+
+        def limited(*arguments: Any, function: Any = function, **settings: Any) -> Any:
+            limits.append(settings.get("max_samples", 10_000))
+            return function(*arguments, **settings)
+
+        monkeypatch.setattr(f"{module}.diffusion_{name}", limited)
+    callback = DiffusionEntropy(["same"], ["label"], every_n_epochs=1, num_samples=20_000, on_error="raise")
+    limits.clear()  # of what the settings were checked with
+    fit(Still(), callback, data=labelled(60))
+    assert limits == 2 * len(callback.history) * [60], "not the 10,000 that the metric stops at by itself"
 
 
 def test_an_index_into_a_batch_that_is_one_tensor_is_no_label() -> None:

@@ -97,6 +97,22 @@ def test_signals_behind_a_convolution_have_their_channels_first() -> None:
     torch.testing.assert_close(Pooling("mean", feature_dim=-1)(layer(nn.Conv1d(1, 3, 1)), x, [x]), x.mean(1))
 
 
+@pytest.mark.parametrize("kind", TRUTH)
+def test_padding_does_not_count_behind_a_convolution_either(kind: Any) -> None:
+    x, mask = padded("left")
+    found = Pooling(kind)(layer(nn.Conv1d(1, 3, 1)), x.mT, {"x": x, "attention_mask": mask})
+    torch.testing.assert_close(found, TRUTH[kind])
+
+
+def test_a_head_behind_time_first_sequences_has_its_samples_first() -> None:
+    x, vectors = SEQUENCES.transpose(0, 1), SEQUENCES[:, 0]
+    for batch in ([x], [SEQUENCES]):
+        pooling = Pooling("mean", batch_dim=1)
+        torch.testing.assert_close(pooling(layer(), vectors, batch), vectors)
+        assert pooling.num_samples(batch, [vectors, x]) == 4
+    assert Pooling("mean").num_samples([SEQUENCES], [x]) == 4
+
+
 @pytest.mark.parametrize("kind", ["mean", "last_token", "none"])
 def test_only_the_first_samples_are_taken(kind: Any) -> None:
     x, mask = padded("right")

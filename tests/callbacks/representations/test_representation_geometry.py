@@ -29,6 +29,21 @@ pytestmark = [
 ]
 
 
+class Still(Wide):
+    """Does not move."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Dropping(Wide):
+    """Features that are others in training than in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(36, 64), nn.Dropout(0.5))
+
+
 def geometry(*layers: str, **options: Any) -> RepresentationGeometry:
     return RepresentationGeometry(layers, **{"every_n_steps": 2, "on_error": "raise", **options})
 
@@ -44,11 +59,10 @@ def features(module: Convolutional, data: DataLoader[Any]) -> Tensor:
 
 
 def test_the_numbers_are_those_of_the_features_on_all_samples_in_eval_mode() -> None:
-    module, data = Wide(), labelled(200)
+    module, data = Dropping(), labelled(200)
     found = geometry("features", num_samples=1000, metrics=["rankme", "effective_rank", "intrinsic_dimension"])
     fit(module, found, data=data, max_epochs=1, limit_train_batches=1)
     entry = found.history[0]
-    torch.manual_seed(0)
     assert entry["representation/num_samples"] == 200
     fit(module, again := geometry("features", num_samples=1000, every_n_epochs=1, every_n_steps=None), data=data)
     x = features(module, data)
@@ -62,26 +76,26 @@ def test_the_numbers_are_those_of_the_features_on_all_samples_in_eval_mode() -> 
 
 def test_the_spectrum_is_that_of_the_covariance() -> None:
     module, data = Wide(), labelled(200)
-    callback = geometry("features", every_n_steps=None, every_n_epochs=1)
+    callback = geometry("features", every_n_steps=None, every_n_epochs=1, linear_below=0.5)
     fit(module, callback, data=data)
     spectrum = callback.history[-1]["representation/spectrum/features"]
     assert isinstance(spectrum, Spectrum)
     truth = torch.linalg.eigvalsh(features(module, data).double().T.cov(correction=0)).flip(0)
     torch.testing.assert_close(spectrum.values, truth[: len(spectrum.values)], rtol=1e-6, atol=1e-9)
     assert spectrum.weights.sum().item() == pytest.approx(1)
+    assert spectrum.linear_below == 0.5
 
 
 def test_only_so_many_samples_are_taken_and_always_the_same() -> None:
-    callback = geometry("head", num_samples=30, every_n_steps=1)
-    fit(Wide(), callback, data=labelled(48), max_epochs=2, limit_train_batches=1)
+    callback = geometry("features", num_samples=30, every_n_steps=1, projector=True)
+    fit(Still(), callback, data=labelled(48), max_epochs=2, limit_train_batches=1)
     assert series(callback, "representation/num_samples") == [30, 30]
+    first, second = (entry["representation/embedding/features"].points for entry in callback.history)
+    assert len(first) == 30, "two batches of twelve and half of a third"
+    assert torch.equal(first, second)
 
 
 def test_similarity_to_the_measurement_before_is_that_of_the_same_samples() -> None:
-    class Still(Wide):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.0)
-
     callback = geometry("features", "head", metrics=["cka_previous", "cka_next"])
     fit(Still(), callback, data=labelled(48))
     first, second = callback.history[:2]
@@ -90,6 +104,14 @@ def test_similarity_to_the_measurement_before_is_that_of_the_same_samples() -> N
     assert second["representation/cka_previous_error/features"] == pytest.approx(0, abs=1e-6)
     assert first["representation/cka_next/features"] == second["representation/cka_next/features"]
     assert "representation/cka_next/head" not in first
+
+
+def test_other_samples_are_not_compared_with_those_before() -> None:
+    callback = geometry("features", data="current", every_n_steps=1, metrics=["cka_previous"])
+    with pytest.warns(UserWarning, match="cka_previous left out: data='current' has other samples") as warned:
+        fit(Wide(), callback, data=labelled())
+    assert len([said for said in complaints(warned) if "cka_previous" in said]) == 1
+    assert not any("cka_previous" in tag for entry in callback.history for tag in entry)
 
 
 def test_similarity_to_the_next_layer_is_cka() -> None:
@@ -183,14 +205,15 @@ def test_a_resumed_run_goes_on_with_its_phases(tmp_path: Path) -> None:
 
 
 def test_a_second_fit_begins_anew() -> None:
-    callback = geometry("features", every_n_steps=1)
+    callback = geometry("features", every_n_steps=1, metrics=["effective_rank", "cka_previous"])
     for _ in range(2):
         torch.manual_seed(0)
         fit(Wide(), callback, data=labelled(48))
-    once = geometry("features", every_n_steps=1)
+    once = geometry("features", every_n_steps=1, metrics=["effective_rank", "cka_previous"])
     torch.manual_seed(0)
     fit(Wide(), once, data=labelled(48))
     assert callback._phases.state_dict() == once._phases.state_dict()
+    assert ["representation/cka_previous/features" in entry for entry in callback.history] == 2 * [False, *3 * [True]]
 
 
 # ---- Undisturbed, on all kinds of nets
@@ -212,6 +235,7 @@ def test_no_hook_is_left_behind(kind: str) -> None:
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
 
 
+@pytest.mark.slow  # by the real clock; tests of the conductor do it by a clock of their own
 def test_a_budget_is_kept() -> None:
     class Slow(Wide):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -256,6 +280,13 @@ def test_constant_features_have_no_geometry_and_that_is_said_once(make: Any, mes
     assert all("representation/rankme/head" in entry for entry in callback.history)
 
 
+def test_features_that_were_constant_are_looked_at_again() -> None:
+    module = Bad(lambda x: x * min(module.global_step, 1))
+    callback = RepresentationGeometry(["spoiled"], every_n_steps=1)
+    fit(module, callback, data=labelled())
+    assert ["representation/rankme/spoiled" in entry for entry in callback.history] == [False, True, True, True]
+
+
 def test_features_that_are_not_finite_have_a_status() -> None:
     callback = RepresentationGeometry(["head", "spoiled"], every_n_steps=1)
     with pytest.warns(UserWarning, match="nonfinite"):
@@ -264,6 +295,57 @@ def test_features_that_are_not_finite_have_a_status() -> None:
         assert entry["representation/status"] == Status.NONFINITE
         assert not any("spoiled" in tag for tag in entry)
         assert "representation/phase" not in entry
+
+
+def test_a_layer_is_not_compared_across_one_that_is_not_finite() -> None:
+    callback = RepresentationGeometry(["features", "spoiled", "head"], every_n_steps=1, metrics=["cka_next"])
+    with pytest.warns(UserWarning, match="nonfinite"):
+        fit(Bad(lambda x: x * torch.nan), callback, data=labelled())
+    assert not any("cka_next" in tag for entry in callback.history for tag in entry)
+
+
+class TimeFirst(Convolutional):
+    """Batches (T, N, d); the head returns (N, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.LSTM(6, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0][-1])
+
+
+@pytest.mark.parametrize("num_samples", [20, 48])
+def test_samples_are_counted_along_their_dimension(num_samples: int) -> None:
+    x, y = labelled(48).dataset.tensors  # pyright: ignore[reportAttributeAccessIssue]
+    batches = DataLoader(
+        list(zip(x[:, 0], y, strict=True)),  # pyright: ignore[reportArgumentType]
+        batch_size=12,
+        collate_fn=lambda pairs: (torch.stack([a for a, _ in pairs], 1), torch.stack([b for _, b in pairs])),
+    )
+    callback = geometry("body:0", "head", batch_dim=1, num_samples=num_samples, projector=True, data=batches)
+    fit(TimeFirst(), callback, data=batches)
+    entry = callback.history[0]
+    assert entry["representation/num_samples"] == num_samples
+    assert entry["representation/embedding/body_0"].points.shape == (num_samples, 4)
+    assert entry["representation/embedding/head"].points.shape == (num_samples, 3)
+
+
+def test_a_layer_of_changing_width_that_a_pattern_met_is_left_out() -> None:
+    class Growing(Wide):
+        def __init__(self) -> None:
+            super().__init__()
+            self.varying = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0 * self.varying(x.flatten(1)[:, : len(x)]).sum()
+
+    callback = geometry("varying*", "head")
+    with pytest.warns(UserWarning, match="layer 'varying' has 12 features in one batch and 6 in another") as warned:
+        fit(Growing(), callback, data=labelled(30), max_epochs=2)
+    assert len([said for said in complaints(warned) if "varying" in said]) == 1
+    assert all("representation/rankme/head" in entry for entry in callback.history)
 
 
 def test_a_single_sample_has_no_geometry() -> None:

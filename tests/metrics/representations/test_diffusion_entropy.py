@@ -195,6 +195,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "NaN time": ({"t": math.nan}, "t=nan"),
     "precision": ({"eigenvalue_dtype": torch.float16}, "eigenvalue_dtype=torch.float16"),
     "one sample left": ({"max_samples": 1}, "max_samples=1"),
+    "stochastic half step": ({"t": 0.5, "stochastic": True}, "t=0.5 below 1 lifts the smallest eigenvalues"),
 }
 
 

@@ -175,6 +175,22 @@ def test_constant_features_have_no_spectrum(shape: tuple[int, int], value: float
         moments.spectrum()
 
 
+@pytest.mark.parametrize("scale", [1e160, 1e100, 1e-100])
+@pytest.mark.parametrize("shape", [(9, 30), (30, 9)], ids=str)
+def test_features_whose_moments_float64_cannot_hold_are_refused(shape: tuple[int, int], scale: float) -> None:
+    with pytest.raises(ValueError, match=r"fourth powers of that do not fit into float64; divide all by the largest"):
+        feature_spectrum(scale * far_from_zero(*shape).double())
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_all_that_float32_can_hold_has_a_spectrum(scale: float) -> None:
+    features = far_from_zero(50, 20).sub(100)
+    for rank in RANKS.values():
+        found, expected = (rank(feature_spectrum(factor * features)) for factor in (scale, 1.0))
+        assert found.value == pytest.approx(expected.value, rel=1e-5)
+        assert found.error == pytest.approx(expected.error, rel=1e-3)
+
+
 def test_a_single_sample_has_no_covariance() -> None:
     with pytest.raises(ValueError, match="a single sample has no covariance"):
         feature_spectrum(torch.ones(1, 4))
