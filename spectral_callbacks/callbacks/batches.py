@@ -92,7 +92,7 @@ def batches_of_loader(
         if at_least and seen >= at_least:
             break
     if not batches:
-        raise ValueError("the loader given as data= has no batch; pass one that yields at least one.")
+        raise ValueError("the loader that data= names has no batch; pass one that yields at least one.")
     return batches
 
 

@@ -108,7 +108,7 @@ def test_a_loader_shorter_than_asked_for_gives_what_it_has() -> None:
 
 def test_an_empty_loader_is_reported_once_and_training_goes_on() -> None:
     callback = Noting(every_n_steps=1, data=DataLoader(TensorDataset(torch.zeros(0, 3), torch.zeros(0, 2))))
-    with pytest.warns(UserWarning, match="the loader given as data= has no batch") as warned:
+    with pytest.warns(UserWarning, match="the loader that data= names has no batch") as warned:
         trainer = fit(Regression(), callback)
     assert len(complaints(warned)) == 1
     assert trainer.global_step == 4

@@ -75,7 +75,7 @@ class RepresentationGeometry(RepresentationCallback):
     features of the measurement before (1 is the same up to a rotation, 0 unrelated), and `cka_next`, to those of the
     next layer, both by unbiased linear CKA.
 
-    How to read it: compare at equal `num_samples` only, all but the unbiased ones grow with it; 4 times as many as
+    How to read it: compare at equal `num_samples` only, all but the unbiased ones depend on it; 4 times as many as
     there are features are enough for most. A fall of the effective rank to near 1 is a collapse. Measure with
     `every_n_steps="geometric"`, or the warm-up is over before the second look.
 
@@ -142,8 +142,7 @@ class RepresentationGeometry(RepresentationCallback):
         self._linear_below = linear_below
         self._false_alarm_rate = false_alarm_rate
         self._phases = PhaseDetector(false_alarm_rate=false_alarm_rate)
-        self._last_step = -1
-        self._resumed: tuple[dict[str, Any], int] | None = None
+        self._resumed: dict[str, Any] | None = None
         self._earlier: dict[str, Tensor] = {}
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -160,15 +159,14 @@ class RepresentationGeometry(RepresentationCallback):
         """Begin the phases anew, or where the run that is resumed left them."""
         super().forget()
         self._earlier = {}
-        self._phases, self._last_step = PhaseDetector(false_alarm_rate=self._false_alarm_rate), -1
+        self._phases = PhaseDetector(false_alarm_rate=self._false_alarm_rate)
         if self._resumed is not None:
-            phases, self._last_step = self._resumed
-            self._phases.load_state_dict(phases)
+            self._phases.load_state_dict(self._resumed)
             self._resumed = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what all callbacks share, and the phases so far."""
-        return {**super().state_dict(), "phases": (self._phases.state_dict(), self._last_step)}
+        return {**super().state_dict(), "phases": self._phases.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run."""
@@ -279,9 +277,8 @@ class RepresentationGeometry(RepresentationCallback):
         tag = self._tags[self._layers[-1].name]
         rank = found.readings.get(f"representation/effective_rank/{tag}")
         alpha = found.readings.get(f"representation/alpha_req/{tag}")
-        if not isinstance(rank, float) or step <= self._last_step:
+        if not isinstance(rank, float):
             return
-        self._last_step = step
         change = self._phases.update(step, rank, alpha if isinstance(alpha, float) else None)
         found.readings["representation/phase"] = float(self._phases.phase)
         if change is not None:

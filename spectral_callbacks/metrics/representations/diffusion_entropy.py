@@ -10,11 +10,11 @@ from torch import Tensor
 from spectral_callbacks.linalg import Estimate
 from spectral_callbacks.metrics.representations.diffusion_kernel import (
     Sigma,
-    checked_features,
     distances,
     kernel_of,
 )
 from spectral_callbacks.metrics.representations.diffusion_quadrature import quadrature_entropy
+from spectral_callbacks.metrics.representations.feature_matrix import checked_features
 
 _STOCHASTIC_FROM = 10_000  # samples
 
@@ -80,7 +80,7 @@ def diffusion_entropy(
             "stochastic=False, with max_samples=5000 for its cost, or t of at least 1."
         )
     features = features[drawn(len(features), max_samples, generator)] if len(features) > max_samples else features
-    squared, width = distances(checked_features(features), sigma)
+    squared, width = distances(checked_features(features, fewest=2), sigma)
     if is_long if stochastic is None else stochastic:
         kernel, degrees = kernel_of(squared, width, alpha)
         return quadrature_entropy(kernel.to(eigenvalue_dtype), degrees, t=t, generator=generator)

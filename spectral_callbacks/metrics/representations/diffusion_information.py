@@ -9,7 +9,8 @@ from torch import Tensor
 
 from spectral_callbacks.linalg import Estimate
 from spectral_callbacks.metrics.representations.diffusion_entropy import check_walk, drawn, kernel_entropy
-from spectral_callbacks.metrics.representations.diffusion_kernel import Sigma, checked_features, distances
+from spectral_callbacks.metrics.representations.diffusion_kernel import Sigma, distances
+from spectral_callbacks.metrics.representations.feature_matrix import checked_features
 
 
 def diffusion_mutual_information(
@@ -75,7 +76,7 @@ def diffusion_mutual_information(
     if len(features) > max_samples:
         kept = drawn(len(features), max_samples, generator)
         features, groups = features[kept], groups[kept]
-    squared, width = distances(checked_features(features), sigma)
+    squared, width = distances(checked_features(features, fewest=2), sigma)
 
     def entropy(samples: Tensor) -> float:
         if len(samples) == 1:

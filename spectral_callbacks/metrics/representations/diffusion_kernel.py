@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from spectral_callbacks.metrics.representations.feature_matrix import checked_features
+
 Sigma = float | Literal["median", "sqrt_dim", "official"]
 
 OFFICIAL_SIGMA = 10.0  # the default of dse-dsmi 1.1, as are t = 1, alpha = 0 and at most 10,000 samples
@@ -67,7 +69,7 @@ def kernel_width(
         >>> kernel_width(torch.zeros(3, 16), "sqrt_dim")
         4.0
     """
-    features = checked_features(features)
+    features = checked_features(features, fewest=2)
     return distances(features, sigma).sigma if sigma == "median" else _stated_width(sigma, features.shape[1])
 
 
@@ -109,7 +111,7 @@ def diffusion_kernel(
         >>> torch.allclose(torch.linalg.eigvalsh(K).flip(0), torch.tensor([1, (1 - a) / (1 + a)]).double())
         True
     """
-    squared, width = distances(checked_features(features), sigma)
+    squared, width = distances(checked_features(features, fewest=2), sigma)
     return kernel_of(squared, width, alpha).matrix
 
 
@@ -142,23 +144,6 @@ def kernel_of(
         _scale_(similar, similar.sum(1) ** -alpha)
     degrees = similar.sum(1)
     return Kernel(_scale_(similar, degrees.rsqrt()), degrees)
-
-
-def checked_features(
-    features: Tensor,  # (N, d)
-) -> Tensor:  # (N, d), float64, on the CPU
-    """Return the features in float64, or refuse what has no distances."""
-    if features.ndim != 2 or len(features) < 2 or not features.shape[1] or features.is_complex():
-        raise ValueError(
-            f"features has shape {tuple(features.shape)} and dtype {features.dtype}; pass a real matrix (N, d) of "
-            "N ≥ 2 samples."
-        )
-    features = features.detach().to("cpu", torch.float64)
-    if not features.isfinite().all():
-        raise ValueError(
-            "features has entries that are not finite; look for NaN in the weights, the batch or the layer."
-        )
-    return features
 
 
 def _by_inner_products(centered: Tensor, sizes: Tensor) -> Tensor:

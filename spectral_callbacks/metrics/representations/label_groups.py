@@ -9,7 +9,8 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from spectral_callbacks.metrics.representations.diffusion_kernel import checked_features, distances
+from spectral_callbacks.metrics.representations.diffusion_kernel import distances
+from spectral_callbacks.metrics.representations.feature_matrix import checked_features
 
 _NUM_NEIGHBORS = 9  # 10 with the sample itself, the default of sklearn's SpectralClustering, which dse-dsmi uses
 
@@ -59,7 +60,7 @@ def label_groups(
         return flat[:, 0].long()
     if not 2 <= num_classes <= len(flat):
         raise ValueError(f"num_classes={num_classes} must lie between 2 and the number of samples, {len(flat)}.")
-    vectors = checked_features(flat)
+    vectors = checked_features(flat.double(), fewest=2, called="labels")
     if (vectors == vectors[0]).all():
         raise ValueError("labels are all equal; groups need labels that differ.")
     return _intervals(vectors[:, 0], num_classes) if scalar else _clusters(vectors, num_classes, generator)

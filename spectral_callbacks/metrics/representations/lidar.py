@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectral_callbacks.linalg import Estimate
+from spectral_callbacks.metrics.eigenvalues import effective_rank_of_eigenvalues
 from spectral_callbacks.metrics.representations.feature_matrix import centered_features
 
 _FEWEST = 3  # rows: two groups, and one with two
@@ -126,7 +127,7 @@ def lidar_bias_warning(
         >>> [lidar_bias_warning(flat, torch.full((G,), 10), num_features=20) is None for G in (50, 500)]
         [False, True]
     """
-    value, G = _exp_entropy(eigenvalues), len(group_sizes)
+    value, G = effective_rank_of_eigenvalues(eigenvalues).item(), len(group_sizes)
     f = int(group_sizes.sum()) - G
     rank = int((eigenvalues > _ZERO * eigenvalues.max()).sum())
     d = num_features if rank >= G - 1 else rank
@@ -137,7 +138,7 @@ def lidar_bias_warning(
         )
     inverse_size = (1 / group_sizes.double()).mean().item()
     clear = (eigenvalues - inverse_size * d / min(d, G - 1) * f / (f - d)).clamp(min=0)
-    without = _exp_entropy(clear) if clear.any() else 1.0
+    without = effective_rank_of_eigenvalues(clear).item() if clear.any() else 1.0
     too_high, too_low = value / without - 1, value / 2 * (1 / G + 1 / (f - d))
     if max(too_high, too_low) <= _BIAS:
         return None
@@ -202,7 +203,7 @@ class _Discriminant:
     def rank(self) -> Estimate:
         """Return exp of the entropy, with the error from its derivative by the weight of each object."""
         eigenvalues, G = self.eigenvalues, len(self.sizes)
-        value, kept = _exp_entropy(eigenvalues), eigenvalues > _ZERO * eigenvalues[0]
+        value, kept = effective_rank_of_eigenvalues(eigenvalues).item(), eigenvalues > _ZERO * eigenvalues[0]
         degrees = self.sizes - 1
         # dλ = vᵀ (dΣ_b - λ dΣ_w) v, for each object's weight
         moved = (self.between - eigenvalues) / (G - 1)
@@ -225,8 +226,3 @@ def _checked_groups(groups: Tensor, n: int) -> tuple[Tensor, Tensor]:
             "more."
         )
     return groups, sizes
-
-
-def _exp_entropy(eigenvalues: Tensor) -> float:
-    shares = eigenvalues.double() / eigenvalues.sum()
-    return torch.special.entr(shares).sum().exp().item()

@@ -148,7 +148,7 @@ def test_bad_input_is_refused() -> None:
     broken[3, 1] = math.nan
     with pytest.raises(ValueError, match="X has 8 samples, Y 7"):
         cka(X, X[1:])
-    with pytest.raises(ValueError, match="X has 3 samples; at least 4"):
+    with pytest.raises(ValueError, match="X holds n=3 samples; at least 4"):
         cka(X[:3], X[:3])
     with pytest.raises(ValueError, match="Y has entries that are not finite"):
         cka(X, broken)

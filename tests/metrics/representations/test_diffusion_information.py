@@ -142,7 +142,7 @@ BAD: dict[str, tuple[Tensor, Tensor, dict[str, Any], str]] = {
     "numbers": (torch.eye(4), torch.rand(4, generator=generator()), {}, "label_groups"),
     "other length": (torch.eye(4), torch.arange(3), {}, r"shape \(3,\)"),
     "vectors": (torch.eye(4), torch.eye(4).long(), {}, r"shape \(4, 4\)"),
-    "one sample": (torch.ones(1, 3), torch.zeros(1).long(), {}, "N ≥ 2"),
+    "one sample": (torch.ones(1, 3), torch.zeros(1).long(), {}, "n=1 samples; at least 2"),
     "NaN": (torch.full((4, 2), math.nan), torch.arange(4), {}, "not finite"),
     "constant": (torch.ones(4, 2), torch.arange(4) % 2, {}, "coincide"),
     "no repetition": (torch.eye(4), torch.arange(4), {"num_repetitions": 0}, "num_repetitions=0"),

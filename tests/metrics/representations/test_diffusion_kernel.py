@@ -88,7 +88,7 @@ def test_neighbors_far_nearer_than_the_rest_keep_their_distance() -> None:
     torch.testing.assert_close(K, G / root / root[:, None], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_takes_any_real_features_and_leaves_them_alone(dtype: torch.dtype) -> None:
     x = (3 * gaussian(20, 4)).to(dtype)
     before = x.clone()
@@ -97,10 +97,11 @@ def test_takes_any_real_features_and_leaves_them_alone(dtype: torch.dtype) -> No
 
 
 BAD: dict[str, tuple[Tensor, Sigma, float, str]] = {
-    "one sample": (torch.ones(1, 3), "median", 0.0, "N ≥ 2"),
+    "one sample": (torch.ones(1, 3), "median", 0.0, "n=1 samples; at least 2"),
     "no features": (torch.ones(3, 0), "median", 0.0, r"shape \(3, 0\)"),
     "three dimensions": (torch.ones(3, 2, 2), "median", 0.0, "shape"),
     "complex": (torch.ones(3, 2, dtype=torch.complex64), "median", 0.0, "complex64"),
+    "integers": (torch.ones(3, 2).long(), "median", 0.0, "int64"),
     "NaN": (torch.tensor([[0.0], [math.nan]]), 1.0, 0.0, "not finite"),
     "too large": (torch.tensor([[1e200], [-1e200]], dtype=torch.float64), 1.0, 0.0, "cannot hold"),
     "constant": (torch.full((7, 3), 0.1), "median", 0.0, "coincide"),

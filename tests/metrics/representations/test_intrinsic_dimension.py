@@ -149,7 +149,7 @@ def test_bad_input_is_refused() -> None:
         two_nn_dimension(broken)
     with pytest.raises(ValueError, match="constant"):
         two_nn_dimension(torch.full((10, 3), 0.1))
-    with pytest.raises(ValueError, match="2 samples; at least 3"):
+    with pytest.raises(ValueError, match="n=2 samples; at least 3"):
         two_nn_dimension(features[:2])
     with pytest.raises(ValueError, match="2 samples that differ; at least 3"):
         two_nn_dimension(features[[0, 1, 1, 0, 1]])
