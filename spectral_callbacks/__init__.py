@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spectral_callbacks.callbacks import DiffusionEntropy as DiffusionEntropy
+    from spectral_callbacks.callbacks import Embedding as Embedding
     from spectral_callbacks.callbacks import FactorImbalance as FactorImbalance
     from spectral_callbacks.callbacks import GradientCovariance as GradientCovariance
     from spectral_callbacks.callbacks import HessianSpectrum as HessianSpectrum
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from spectral_callbacks.callbacks import Sharpness as Sharpness
     from spectral_callbacks.callbacks import SpectralCallback as SpectralCallback
     from spectral_callbacks.callbacks import Spectrum as Spectrum
+    from spectral_callbacks.callbacks import Text as Text
     from spectral_callbacks.callbacks import TraceStability as TraceStability
     from spectral_callbacks.init import log_normal_weights_ as log_normal_weights_
     from spectral_callbacks.init import rebalance_layers_ as rebalance_layers_
+    from spectral_callbacks.init import scale_to_entropy_ as scale_to_entropy_
     from spectral_callbacks.init import split_bias as split_bias
     from spectral_callbacks.linalg import Density as Density
     from spectral_callbacks.linalg import Eigenpairs as Eigenpairs
@@ -58,6 +61,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DiffusionEntropy": "callbacks",
+    "Embedding": "callbacks",
     "FactorImbalance": "callbacks",
     "GradientCovariance": "callbacks",
     "HessianSpectrum": "callbacks",
@@ -66,9 +70,11 @@ _HOMES = {
     "Sharpness": "callbacks",
     "SpectralCallback": "callbacks",
     "Spectrum": "callbacks",
+    "Text": "callbacks",
     "TraceStability": "callbacks",
     "log_normal_weights_": "init",
     "rebalance_layers_": "init",
+    "scale_to_entropy_": "init",
     "split_bias": "init",
     "Density": "linalg",
     "Eigenpairs": "linalg",
@@ -109,6 +115,7 @@ __all__ = [
     "DiffusionEntropy",
     "Edge",
     "Eigenpairs",
+    "Embedding",
     "Estimate",
     "ExponentiatedGradient",
     "FactorImbalance",
@@ -131,6 +138,7 @@ __all__ = [
     "SpectralCallback",
     "Spectrum",
     "Status",
+    "Text",
     "TraceStability",
     "Tracker",
     "Trion",
@@ -142,6 +150,7 @@ __all__ = [
     "multiplicative_score_matching_loss",
     "no_threshold",
     "rebalance_layers_",
+    "scale_to_entropy_",
     "spectral_density",
     "split_bias",
     "stability_rule",

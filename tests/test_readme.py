@@ -43,9 +43,10 @@ def readme_names() -> dict[str, Any]:
 
 
 def test_every_python_block_runs_as_it_stands(readme_names: dict[str, Any]) -> None:
-    assert len(_blocks("python")) == 4
+    assert len(_blocks("python")) == 5
     assert readme_names["pairs"].status.name == "CONVERGED"
     assert [row["step"] for row in readme_names["sharpness"].history] == [0, 10]
+    assert 1 < readme_names["geometry"].history[-1]["representation/effective_rank/net.1"] < 32
     assert issubclass(readme_names["GradientNorm"], readme_names["SpectralCallback"])
 
 
