@@ -63,11 +63,12 @@ class RepresentationGeometry(RepresentationCallback):
     `representation/spectrum/<layer>_points` as a tensor. `representation/num_samples`, of the set;
     `representation/status` (0 fine, 2 a failure that was reported, 3 features that are not finite).
 
-    Of the last layer alone `representation/phase`: 0 warm-up, 1 entropy-seeking, 2 compression-seeking, from effective
-    rank and α together on the axis log(1 + step), by a sequential test for a change of slope that looks at no later
-    measurement; `representation/phase_change` says in words, in TensorBoard's text tab, what began where and on which
-    evidence. In a run without a change it says so falsely in at most `false_alarm_rate` of the cases
-    (`spectral_callbacks.metrics.PhaseDetector`, which works on lists of measurements too). A resumed run goes on.
+    Of the last layer alone, if `metrics` has its effective rank, `representation/phase`: 0 warm-up, 1 entropy-seeking,
+    2 compression-seeking, from effective rank and α together on the axis log(1 + step), by a sequential test for a
+    change of slope that looks at no later measurement; `representation/phase_change` says in words, in TensorBoard's
+    text tab, what began where and on which evidence. In a run without a change it says so falsely in at most
+    `false_alarm_rate` of the cases (`spectral_callbacks.metrics.PhaseDetector`, which works on lists of measurements
+    too). A resumed run goes on.
 
     With `metrics`, any of these with its `_error`: `participation_ratio`, (Σ λ)² / Σ λ², and
     `unbiased_participation_ratio`; `stable_rank`, Σ λ / λ_1; `spectral_entropy`, in nats; and from pairs of at most
@@ -79,9 +80,9 @@ class RepresentationGeometry(RepresentationCallback):
     there are features are enough for most. A fall of the effective rank to near 1 is a collapse. Measure with
     `every_n_steps="geometric"`, or the warm-up is over before the second look.
 
-    Cost: a forward pass over the samples, and decompositions of the smaller of covariance and Gram matrix, one for the
-    values and one for the errors. Memory: the samples, and for each layer d² + 1024 d numbers, or n d where n is below
-    d.
+    Cost: a forward pass over the samples, and some four decompositions of the smaller of covariance and Gram matrix,
+    most for the errors; as many again for `rankme`: together 0.3 s for 512 features on one core, 4 minutes for
+    4,096. Memory: the samples, and for each layer d² + 1024 d numbers, or n d where n is below d.
 
     Args:
         layers: Dotted names of submodules, or patterns such as "encoder.*", of which those that return no tensor are
