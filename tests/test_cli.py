@@ -148,6 +148,31 @@ def test_outliers_follow_the_pairs_of_clusters_and_not_the_width() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is biased by more than 5 %:UserWarning")
+def test_the_toy_has_three_phases_with_skewed_classes_and_two_with_uniform_ones(in_empty_folder: Path) -> None:
+    results = sweep([str(config_folder() / "representation_toy.yaml"), "--trainer.max_steps=3000"])
+    phases = {name: values["representation/phase"] for name, values in results.items()}
+    assert phases == {"skewed": 2, "skewed-in-the-plane": 1, "uniform-in-the-plane": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_information_with_the_label_grows_in_a_net_that_generalises_and_not_in_one_that_memorises(
+    in_empty_folder: Path, seed: int
+) -> None:
+    config = str(config_folder() / "overfitting_entropy.yaml")
+    results = sweep([config, f"--seed_everything={seed}", f"--data.init_args.seed={seed}"])
+    first, early, last = ("@1", "@80", "")
+    true, shuffled = results["true-labels"], results["shuffled-labels"]
+    assert true[f"entropy/dsmi_label/net.3{last}"] > true[f"entropy/dsmi_label/net.3{first}"] + 0.7
+    for when in (first, early, last):
+        assert abs(shuffled[f"entropy/dsmi_label/net.3{when}"]) < 0.1
+    start, middle, end = (shuffled[f"entropy_true/dsmi_label/net.3{when}"] for when in (first, early, last))
+    assert middle > max(start, end) + 0.05
+    assert shuffled["train/accuracy"] > 0.9 > 0.2 > shuffled["val/accuracy"]
+
+
 def test_a_run_of_a_sweep_is_fit_with_its_overrides(in_empty_folder: Path) -> None:
     """The same numbers as by hand; what is given on the command line goes before both."""
     entries = "sweep:\n  - {model.init_args.slope: 3}\n  - {model.init_args.slope: 5, trainer.max_steps: 2}\n"
