@@ -9,6 +9,7 @@ from spectral_callbacks.callbacks.reading import Embedding as Embedding
 from spectral_callbacks.callbacks.reading import Spectrum as Spectrum
 from spectral_callbacks.callbacks.reading import Text as Text
 from spectral_callbacks.callbacks.representations import DiffusionEntropy as DiffusionEntropy
+from spectral_callbacks.callbacks.representations import RepresentationCallback as RepresentationCallback
 from spectral_callbacks.callbacks.representations import RepresentationGeometry as RepresentationGeometry
 from spectral_callbacks.callbacks.sharpness import Sharpness as Sharpness
 from spectral_callbacks.callbacks.trace_stability import TraceStability as TraceStability

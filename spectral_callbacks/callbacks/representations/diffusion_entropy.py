@@ -69,12 +69,9 @@ class DiffusionEntropy(RepresentationCallback):
         t: Steps of the walk.
         alpha: How far the walk is freed of the samples' density, 0 to 1.
         num_repetitions: Draws for each class.
-        mask: Which positions of a sequence are real: key or index of the batch, or a function batch -> (N, T), or its
-            dotted path; by default "attention_mask" in batches that are mappings and have it.
-        feature_dim: Dimension of the features in what a layer returns, where it is not the usual one.
-        batch_dim: Dimension of the samples in outputs of three dimensions or more.
-        **options: Those of `SpectralCallback`; `data` is "train" and `mode` "eval" unless given. The loss is run to run
-            the layers, so `loss` may be any function that does.
+        **options: Those of `RepresentationCallback`: `mask`, which positions of a sequence are real, `feature_dim` and
+            `batch_dim`, and those of `SpectralCallback`; `data` is "train" and `mode` "eval" unless given. The loss is
+            run to run the layers, so `loss` may be any function that does.
 
     Example:
         >>> DiffusionEntropy(["net.3"], targets=["label"], every_n_epochs=1).name
@@ -97,14 +94,9 @@ class DiffusionEntropy(RepresentationCallback):
         t: float = 1,
         alpha: float = 0.0,
         num_repetitions: int = 5,
-        mask: EntrySource | None = None,
-        feature_dim: int | None = None,
-        batch_dim: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(
-            layers, pooling, num_samples, mask=mask, feature_dim=feature_dim, batch_dim=batch_dim, **options
-        )
+        super().__init__(layers, pooling, num_samples, **options)
         for target in targets:
             if target not in get_args(Target):
                 raise ValueError(f"targets: {target!r} must be one of {', '.join(map(repr, get_args(Target)))}.")

@@ -34,7 +34,8 @@ class RepresentationCallback(SpectralCallback, abc.ABC):
             dotted path; by default "attention_mask" in batches that are mappings and have it.
         feature_dim: Dimension of the features in what a layer returns, where it is not the usual one.
         batch_dim: Dimension of the samples in outputs of three dimensions or more.
-        **options: Those of `SpectralCallback`; `data` is "train" and `mode` "eval" unless given.
+        **options: Those of `SpectralCallback`; `data` is "train" and `mode` "eval" unless given. The loss is run to run
+            the layers, so `loss` may be any function that does.
     """
 
     def __init__(

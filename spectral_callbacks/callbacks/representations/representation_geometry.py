@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from spectral_callbacks.callbacks.batch_entries import EntrySource
 from spectral_callbacks.callbacks.findings import Findings
 from spectral_callbacks.callbacks.labels import Labels, LabelSource
 from spectral_callbacks.callbacks.reading import Embedding, Reading, Spectrum, Text, check_axis
@@ -92,17 +91,14 @@ class RepresentationGeometry(RepresentationCallback):
         num_samples: How many samples, at most. `data` other than "fixed" and "current" loads as many batches as hold
             them, whatever `num_batches`; they stay in memory.
         metrics: Which numbers, of the names above.
-        mask: Which positions of a sequence are real: key or index of the batch, or a function batch -> (N, T), or its
-            dotted path; by default "attention_mask" in batches that are mappings and have it.
-        feature_dim: Dimension of the features in what a layer returns, where it is not the usual one.
-        batch_dim: Dimension of the samples in outputs of three dimensions or more.
         false_alarm_rate: Of the phases, in a whole run.
         projector: Whether the samples are written for TensorBoard's projector, `representation/embedding/<layer>`, at
             every measurement: at most 1,024 of them.
         labels: What to call them there: key or index of the batch, or a function batch -> (N,) integers, or its path.
         linear_below: Eigenvalue up to which the axis of the histogram is linear.
-        **options: Those of `SpectralCallback`; `data` is "train" and `mode` "eval" unless given. The loss is run to run
-            the layers, so `loss` may be any function that does.
+        **options: Those of `RepresentationCallback`: `mask`, which positions of a sequence are real, `feature_dim` and
+            `batch_dim`, and those of `SpectralCallback`; `data` is "train" and `mode` "eval" unless given. The loss is
+            run to run the layers, so `loss` may be any function that does.
 
     Example:
         >>> RepresentationGeometry(["encoder"], "last_token", every_n_steps="geometric").name
@@ -118,18 +114,13 @@ class RepresentationGeometry(RepresentationCallback):
         num_samples: int = 1024,
         *,
         metrics: Sequence[str] = ("rankme", "effective_rank", "alpha_req"),
-        mask: EntrySource | None = None,
-        feature_dim: int | None = None,
-        batch_dim: int = 0,
         false_alarm_rate: float = 0.05,
         projector: bool = False,
         labels: LabelSource | None = None,
         linear_below: float = 1e-3,
         **options: Any,
     ) -> None:
-        super().__init__(
-            layers, pooling, num_samples, mask=mask, feature_dim=feature_dim, batch_dim=batch_dim, **options
-        )
+        super().__init__(layers, pooling, num_samples, **options)
         for name in metrics:
             if name not in METRICS:
                 close = difflib.get_close_matches(name, METRICS, n=1) or METRICS
