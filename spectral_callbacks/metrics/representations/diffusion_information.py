@@ -10,7 +10,7 @@ from torch import Tensor
 from spectral_callbacks.linalg import Estimate
 from spectral_callbacks.metrics.representations.diffusion_entropy import check_walk, drawn, kernel_entropy
 from spectral_callbacks.metrics.representations.diffusion_kernel import Sigma, distances
-from spectral_callbacks.metrics.representations.feature_matrix import checked_features
+from spectral_callbacks.metrics.representations.feature_matrix import checked_features, checked_groups
 
 
 def diffusion_mutual_information(
@@ -72,7 +72,7 @@ def diffusion_mutual_information(
     check_walk(t, eigenvalue_dtype)
     if num_repetitions < 1:
         raise ValueError(f"num_repetitions={num_repetitions} must be at least 1; 5 is the official number.")
-    groups = _checked_groups(groups, len(features))
+    groups = checked_groups(groups, len(features))
     if len(features) > max_samples:
         kept = drawn(len(features), max_samples, generator)
         features, groups = features[kept], groups[kept]
@@ -99,12 +99,3 @@ def diffusion_mutual_information(
             spread = subsets.var().item() if num_repetitions > 1 else math.inf
             variance += share**2 * spread / num_repetitions
     return Estimate(value, math.sqrt(variance), num_repetitions)
-
-
-def _checked_groups(groups: Tensor, num_samples: int) -> Tensor:
-    if groups.shape != (num_samples,) or groups.is_floating_point() or groups.is_complex():
-        raise ValueError(
-            f"groups has shape {tuple(groups.shape)} and dtype {groups.dtype}; pass one integer for each of the "
-            f"{num_samples} samples, for other labels those of `label_groups`."
-        )
-    return groups.detach().cpu()

@@ -1,4 +1,4 @@
-"""A feature matrix: one row of features for each sample."""
+"""A feature matrix: one row of features for each sample; and the groups of its rows."""
 
 from __future__ import annotations
 
@@ -58,6 +58,23 @@ def centered_features(
             "collapsed."
         )
     return rows.sub_(rows.mean(0))
+
+
+def checked_groups(
+    groups: Tensor,  # (n,)
+    num_samples: int,
+) -> Tensor:  # (n,), on the CPU
+    """Return the groups, or refuse what is not one integer for each sample.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if groups.shape != (num_samples,) or groups.is_floating_point() or groups.is_complex():
+        raise ValueError(
+            f"groups has shape {tuple(groups.shape)} and type {groups.dtype}; pass one integer for each of the "
+            f"{num_samples} samples, for other labels those of `label_groups`."
+        )
+    return groups.detach().cpu()
 
 
 def _refuse_not_finite(rows: Tensor, called: str) -> None:

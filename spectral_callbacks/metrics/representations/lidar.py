@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectral_callbacks.linalg import Estimate
 from spectral_callbacks.metrics.eigenvalues import effective_rank_of_eigenvalues
-from spectral_callbacks.metrics.representations.feature_matrix import centered_features
+from spectral_callbacks.metrics.representations.feature_matrix import centered_features, checked_groups
 
 _FEWEST = 3  # rows: two groups, and one with two
 _BIAS = 0.05
@@ -178,7 +178,7 @@ class _Discriminant:
         if not (delta > 0 and math.isfinite(delta)):
             raise ValueError(f"delta={delta!r} must be positive, for example 1e-4 of the variance of a feature.")
         rows = centered_features(features, fewest=_FEWEST)
-        groups, sizes = _checked_groups(groups, len(rows))
+        groups, sizes = _objects(groups, len(rows))
         if rows.shape[1] > len(rows):  # the same inner products in fewer coordinates; what is beyond them is 0
             rows = torch.linalg.qr(rows.mT, mode="r").R.mT
         (n, d), G = rows.shape, len(sizes)
@@ -214,12 +214,8 @@ class _Discriminant:
         return Estimate(value, math.sqrt(G / (G - 1) * (influence @ influence).item()), G)
 
 
-def _checked_groups(groups: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    if groups.shape != (n,) or groups.is_floating_point() or groups.is_complex():
-        raise ValueError(
-            f"groups of shape {tuple(groups.shape)} and type {groups.dtype} for {n} rows; pass one integer for each."
-        )
-    names, groups, sizes = torch.unique(groups.cpu(), return_inverse=True, return_counts=True)
+def _objects(groups: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    names, groups, sizes = torch.unique(checked_groups(groups, n), return_inverse=True, return_counts=True)
     if len(names) < 2 or len(names) == n:
         raise ValueError(
             f"groups names {len(names)} objects for {n} rows; pass several objects, some with two augmentations or "

@@ -208,7 +208,7 @@ def test_bad_input_is_refused() -> None:
         lidar(features, torch.zeros(12, dtype=torch.int64))
     with pytest.raises(ValueError, match="names 12 objects for 12 rows"):
         lidar(features, torch.arange(12))
-    with pytest.raises(ValueError, match=r"groups of shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"groups has shape \(4,\)"):
         lidar(features, groups[:4])
     with pytest.raises(ValueError, match=r"type torch\.float32"):
         lidar(features, groups.float())
