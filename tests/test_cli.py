@@ -26,7 +26,7 @@ from spectral_callbacks.cli.report import Report, show
 from spectral_callbacks.cli.sweep import read_runs, sweep
 from spectral_callbacks.demo import Classifier, DigitsDataModule, NoisyLinearDataModule, RandomFeatures
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 CONFIGS = sorted(config_folder().glob("*.yaml"))
 SWEEPS = [config for config in CONFIGS if "sweep" in yaml.safe_load(config.read_text())]
@@ -43,14 +43,6 @@ trainer:
   enable_progress_bar: false
   enable_model_summary: false
 """
-
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seeding sets them; this restores them
-        monkeypatch.setenv(variable, "0")
-    return tmp_path
 
 
 class Line(pl.LightningModule):

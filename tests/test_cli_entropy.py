@@ -21,7 +21,7 @@ from spectral_callbacks.cli.init_entropy import first_inputs
 from spectral_callbacks.demo import Classifier, DigitsDataModule
 from spectral_callbacks.metrics.representations.diffusion_entropy import diffusion_entropy
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 SEEDED = ("--seed_everything=0", "--optimizer=DiffGrad")
 STILL = [
@@ -36,14 +36,6 @@ OWN = (
     "--sigma=1",
     "--num_samples=20",
 )
-
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seeding sets them; this restores them
-        monkeypatch.setenv(variable, "0")
-    return tmp_path
 
 
 class Tokens(pl.LightningModule):

@@ -20,7 +20,6 @@ from spectral_callbacks.linalg import Status
 from spectral_callbacks.metrics import diffusion_entropy, diffusion_mutual_information, kernel_width, label_groups
 from spectral_callbacks.metrics.representations.diffusion_kernel import Sigma
 from spectral_callbacks.probe import Layer, Probe, tensors_of
-from spectral_callbacks.tags import Chart
 
 Target = Literal["label", "input"]
 
@@ -123,12 +122,8 @@ class DiffusionEntropy(RepresentationCallback):
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Find the layers, and draw their charts."""
         super().prepare(trainer, module)
-        titles = {"dse": "diffusion entropy, bits"}
-        titles |= {f"dsmi_{target}": f"information with the {target}, bits" for target in self._targets}
-        self.charts = tuple(
-            Chart(title, tuple(f"entropy/{name}/{tag}" for tag in self._tags.values()))
-            for name, title in titles.items()
-        )
+        about = (self._chart(f"information with the {name}, bits", f"dsmi_{name}") for name in self._targets)
+        self.charts = (self._chart("diffusion entropy, bits", "dse"), *about)
 
     def forget(self) -> None:
         """Find the groups of the next samples anew."""

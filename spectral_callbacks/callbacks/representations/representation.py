@@ -15,6 +15,7 @@ from spectral_callbacks.callbacks.batch_entries import EntrySource
 from spectral_callbacks.callbacks.layers import layer_tags
 from spectral_callbacks.callbacks.representations.pooling import Pooling, PoolingKind
 from spectral_callbacks.probe import Layer, Probe, activations, find_layers
+from spectral_callbacks.tags import Chart
 
 
 class RepresentationCallback(SpectralCallback, abc.ABC):
@@ -72,6 +73,10 @@ class RepresentationCallback(SpectralCallback, abc.ABC):
     def forget(self) -> None:
         """Try again what failed."""
         self._attempt.forget()
+
+    def _chart(self, title: str, quantity: str) -> Chart:
+        """Return the chart of one quantity of all layers."""
+        return Chart(title, tuple(f"{self.diagnostic}/{quantity}/{tag}" for tag in self._tags.values()))
 
     def _batches(self, probe: Probe) -> Iterator[tuple[int, dict[Layer, Tensor]]]:
         """Yield each batch's size with the features of its samples in each layer, (rows, d), up to `num_samples`.

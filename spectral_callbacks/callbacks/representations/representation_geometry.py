@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,9 +17,9 @@ from spectral_callbacks.callbacks.reading import Embedding, Reading, Spectrum, T
 from spectral_callbacks.callbacks.representations.pooling import PoolingKind
 from spectral_callbacks.callbacks.representations.representation import RepresentationCallback
 from spectral_callbacks.linalg import Estimate, Status
-from spectral_callbacks.metrics import PhaseDetector, cka, two_nn_dimension
+from spectral_callbacks.metrics import PhaseDetector, cka
 from spectral_callbacks.metrics.representations.alpha_req import power_law_fit
-from spectral_callbacks.metrics.representations.intrinsic_dimension import two_nn_bias_warning
+from spectral_callbacks.metrics.representations.intrinsic_dimension import two_nn_bias_warning, two_nn_estimate
 from spectral_callbacks.metrics.representations.moments import FeatureMoments
 from spectral_callbacks.metrics.representations.ranks import RANKS
 from spectral_callbacks.metrics.representations.row_sample import RowSample
@@ -141,9 +140,8 @@ class RepresentationGeometry(RepresentationCallback):
         """Find the layers, and draw their charts."""
         super().prepare(trainer, module)
         drawn = [name for name in self._metrics if name not in _OF_PAIRS]
-        tags = self._tags.values()
         self.charts = (
-            *(Chart(_TITLES[name], tuple(f"representation/{name}/{tag}" for tag in tags)) for name in drawn),
+            *(self._chart(_TITLES[name], name) for name in drawn),
             *((_PHASES,) if "effective_rank" in self._metrics else ()),
         )
 
@@ -250,8 +248,7 @@ class RepresentationGeometry(RepresentationCallback):
                     found.add_estimate(f"representation/{name}", estimate, tag)
 
     def _dimension(self, tag: str, rows: Tensor) -> Estimate:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            found = two_nn_dimension(rows)
+        found = two_nn_estimate(rows)
         if two_nn_bias_warning(found.num_samples, found.value) is not None:
             self._say_biased(f"intrinsic_dimension/{tag}", len(rows))
         return found

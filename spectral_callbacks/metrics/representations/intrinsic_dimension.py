@@ -64,6 +64,24 @@ def two_nn_dimension(
         >>> round(two_nn_dimension(spiral).value)  # a curve
         1
     """
+    found = two_nn_estimate(features)
+    message = two_nn_bias_warning(found.num_samples, found.value)
+    if message is not None:
+        warnings.warn(message, stacklevel=2)
+    return found
+
+
+def two_nn_estimate(
+    features: Tensor,  # (n, d)
+) -> Estimate:
+    """Return `two_nn_dimension`, without a warning.
+
+    Args:
+        features: One row a sample.
+
+    Raises:
+        ValueError: As `two_nn_dimension`.
+    """
     rows = centered_features(features, fewest=_FEWEST)
     rows = torch.unique(torch.nn.functional.hardshrink(rows / rows.abs().max(), _TINY), dim=0)
     if len(rows) < _FEWEST:
@@ -81,9 +99,6 @@ def two_nn_dimension(
         )
     n = len(rows)
     dimension = (n - 1) / (n * mean)
-    message = two_nn_bias_warning(n, dimension)
-    if message is not None:
-        warnings.warn(message, stacklevel=2)
     deviation = math.sqrt(max(_variance_of_sum(ratios - mean, neighbors), n * mean**2))  # not below theory
     return Estimate(dimension, dimension * deviation / (n * mean), n)
 
